@@ -1,0 +1,170 @@
+"""What every collection does: images with ids and payloads, and search among them by vector.
+
+Two implementations are planned for one protocol: local (SQLite catalogue + index) and Milvus. What an implementation
+does not have, `capabilities()` does not name, and asking for it raises NotAvailable; it never answers approximately
+instead.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Payload = Mapping[str, Any]
+"""JSON: what the user wants to know about an item. The key "label" is its class, when it has one."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where the picture of an item is.
+
+    stored: the collection keeps the bytes, under their sha256.
+    referenced: the bytes stay where they are, at `path` below the root named `root` in the manifest.
+    """
+
+    kind: Literal["stored", "referenced"]
+    sha256: str
+    path: str | None = None  # referenced: POSIX path relative to the root
+    root: str | None = None  # referenced: a name in manifest["roots"]
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """Something to add, or to replace under the same id.
+
+    Exactly one of `image` (bytes to be stored) and `file` (a path to refer to) may be given; neither makes an item
+    with a vector only.
+    """
+
+    id: str
+    vector: NDArray[np.float32]  # (D,) unit length
+    payload: Payload = field(default_factory=dict)
+    image: bytes | None = None
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a collection."""
+
+    id: str
+    payload: Payload
+    sequence: int  # the change that last wrote it; grows with every write to the collection
+    picture: Picture | None = None
+    vector: NDArray[np.float32] | None = None  # only when asked for
+
+    @property
+    def label(self) -> str | None:
+        value = self.payload.get("label")
+        return None if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One search result."""
+
+    id: str
+    score: float  # cosine similarity, higher is nearer
+    rank: int  # 1 is the best
+    item: Item
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The answer to one query."""
+
+    hits: list[Hit]
+    generation: int  # the state of the collection that answered
+    approximate: bool  # whether a true neighbour may be missing
+
+
+@dataclass(frozen=True)
+class CollectionInfo:
+    """What a collection is, for people and for GET /v1/collections/{c}."""
+
+    name: str
+    count: int
+    dim: int
+    metric: str  # "cosine"
+    fingerprint: str  # of the encoder that made its vectors
+    index: Mapping[str, Any]  # {"kind": ..., "exact": ..., "effort": ..., ...}
+    measured_recall: float | None  # recall@10 of the index against exact search, when measured
+    generation: int
+    pending: int  # changes that are in the catalogue but not yet in the main index (they are searched all the same)
+    bytes_on_disk: int
+    manifest: Mapping[str, Any]
+
+
+class Collection(Protocol):
+    """A live set of images that can be searched by vector. Safe to use from several threads."""
+
+    name: str
+    dim: int
+    fingerprint: str
+
+    def capabilities(self) -> frozenset[str]:
+        """Names among: "exact", "filter", "group_by", "generation_cursor", "verify", "pictures", "count"."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def add(self, items: Iterable[NewItem]) -> list[bool]:
+        """Add or replace; acknowledged (on return) means durable. True where the id was new.
+
+        Raises:
+            VectorError, DimensionMismatch: before anything of the batch is written.
+        """
+        ...
+
+    def get(self, ids: Sequence[str], *, with_vector: bool = False) -> list[Item]:
+        """These items, in this order. Raises UnknownItem naming the ones that are not there."""
+        ...
+
+    def update_payload(self, id: str, changes: Payload) -> Item:
+        """Merge into the payload (a None value removes the key). Raises UnknownItem."""
+        ...
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Forget these ids; return how many were there."""
+        ...
+
+    def scroll(
+        self, *, after: str | None = None, limit: int = 100, with_vector: bool = False
+    ) -> tuple[list[Item], str | None]:
+        """Items in the order of their ids, and where the next page starts (None at the end)."""
+        ...
+
+    def search(
+        self,
+        vectors: NDArray[np.float32],
+        *,
+        limit: int = 10,
+        offset: int = 0,
+        exact: bool = False,
+        effort: int | None = None,
+        score_threshold: float | None = None,
+        exclude: Sequence[str] = (),
+        with_vector: bool = False,
+    ) -> list[SearchResult]:
+        """The nearest items of each row of `vectors` (Q, D).
+
+        Args:
+            exclude: ids that may not be returned (the query's own, for "more like this").
+            score_threshold: leave out hits below this similarity.
+        """
+        ...
+
+    def picture(self, id: str) -> bytes:
+        """The bytes of the picture as they were given. Raises UnknownItem, ImageNotKept."""
+        ...
+
+    def thumbnail(self, id: str, size: int = 256) -> bytes:
+        """A JPEG whose longer side is `size` at most, upright, without metadata. Raises as `picture`."""
+        ...
+
+    def info(self) -> CollectionInfo: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""Measuring: recall of an encoder, an index and a served collection, as tables, JSON and HTML."""

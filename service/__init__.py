@@ -1,0 +1,1 @@
+"""The REST service: HTTP in front of collections. It needs no torch."""
