@@ -141,9 +141,8 @@ class TrainConfig:
     """Share of the run in which the learning rate rises from 0."""
     clip_norm: float = 0.0
     """Gradients longer than this are shortened to it; 0: never."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = 1
     seed: int = 0
     evaluate_every: int = 2
     """Epochs between evaluations on the validation split. MAP@R there chooses the checkpoint."""
@@ -151,8 +150,6 @@ class TrainConfig:
     """Stop after this many evaluations without a better MAP@R; 0: never."""
     checkpoint_every: int = 1
     """Epochs between checkpoints to resume from."""
-    final: bool = False
-    """Train on all classes, with no selection, for exactly the steps asked."""
 
     def __post_init__(self) -> None:
         if self.classes_per_batch < 2 or self.images_per_class < 2:
@@ -160,7 +157,7 @@ class TrainConfig:
                 f"a batch of {self.classes_per_batch} classes x {self.images_per_class} images has "
                 f"no pairs to compare; both numbers must be at least 2"
             )
-        for name in ("epochs", "evaluate_every", "checkpoint_every", "devices"):
+        for name in ("epochs", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate <= 0:
@@ -240,7 +237,8 @@ def explain(problem: Mapping[str, Any]) -> str:
         message = f"unknown key.{hint} Known here: {', '.join(sorted(known))}"
     where = ".".join(map(str, location))
     given = problem.get("input")
-    shown = f", got {given!r}" if isinstance(given, (str, int, float, bool)) and "got" not in message else ""
+    told = "unknown key" in message or "got" in message
+    shown = f", got {given!r}" if isinstance(given, (str, int, float, bool)) and not told else ""
     return f"{where}: {message}{shown}" if where else f"{message}{shown}"
 
 

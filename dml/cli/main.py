@@ -1,0 +1,95 @@
+"""The `dml` command. Each verb lives in a module that is loaded when the verb is used, so `dml --help` is instant."""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from dml import __version__
+from dml.errors import DmlError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "train": ("dml.cli.train:train", "Learn an embedding from labelled pictures."),
+    "eval": ("dml.cli.eval:eval", "Measure an encoder: Recall@K, MAP@R, a report with pictures."),
+    "encoder": ("dml.cli.encoder:app", "Make, export and check encoders."),
+    "embed": ("dml.cli.encoder:embed", "Turn a folder of pictures into vectors."),
+    "index": ("dml.cli.index:app", "Build and change collections of pictures."),
+    "search": ("dml.cli.search:search", "Find the pictures that look like one."),
+    "serve": ("dml.cli.serve:serve", "Answer searches over HTTP, with a web page."),
+    "data": ("dml.cli.data:app", "Check, split and draw data sets."),
+    "list": ("dml.cli.catalogue:app", "Say what there is: losses, methods, data sets, trunks, recipes."),
+    "demo": ("dml.cli.demo:demo", "Train, index, evaluate and serve, on drawn or on your own pictures."),
+    "doctor": ("dml.cli.doctor:doctor", "Say what is installed here and what is missing."),
+}
+"""verb -> (where it lives, one line of help). Adding a verb is one line here and one function or Typer app there."""
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are imported when they are called, not when they are listed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        target, summary = VERBS[cmd_name]
+        if only_the_list_is_wanted():
+            return TyperCommand(cmd_name, help=summary)
+        module, _, attribute = target.partition(":")
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            command = typer.main.get_command(found)
+        else:
+            wrapper = typer.Typer(rich_markup_mode=None, add_completion=False)
+            wrapper.command(cmd_name)(found)
+            command = typer.main.get_command(wrapper)
+        command.name = cmd_name
+        return command
+
+
+def only_the_list_is_wanted() -> bool:
+    """Whether the call is `dml` or `dml --help`: then no verb has to be loaded."""
+    return not [a for a in sys.argv[1:] if not a.startswith("-")]
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="From folders of images to a measured, served search.",
+)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dml {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; show our own errors as one clean message, and anything else as the bug it is."""
+    try:
+        app()
+    except DmlError as error:
+        typer.secho("error: ", nl=False, err=True, fg=typer.colors.RED, bold=True)
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

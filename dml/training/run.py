@@ -1,0 +1,430 @@
+"""From a recipe to a run folder: divide the data, train, select on held-out classes, leave an encoder behind.
+
+A run folder holds::
+
+    recipe.toml        the effective recipe, every default spelled out
+    environment.json   versions and machine
+    splits.json        which picture is in which split
+    metrics.jsonl      one JSON object per line: training steps and evaluations
+    tensorboard/       the same figures for TensorBoard
+    bad_images.csv     pictures that could not be read
+    checkpoints/       last.pt to resume from, best.safetensors
+    encoder/           what everyone else loads
+"""
+
+import csv
+import hashlib
+import json
+import platform
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file, save_file
+
+from dml.config import Recipe, recipe_tree
+from dml.data.images import ImageSource, batches_of, training_batches
+from dml.data.sampler import ClassBalancedSampler
+from dml.data.split import Splits, divide
+from dml.data.table import ImageTable, Record, open_table
+from dml.encoder.artifact import save_encoder
+from dml.encoder.preprocess import Preprocess
+from dml.errors import ConfigError, DataError
+from dml.imaging import BadImage
+from dml.metrics import RetrievalMetrics, retrieval_metrics
+from dml.models import build_model
+from dml.training.checkpoint import Standing, load_checkpoint, save_checkpoint, write_aside
+from dml.training.loop import Learner, Step, learning_rate_schedule, make_optimizer, steps
+from dml.training.supervised import build_objective
+
+PACKAGES = ("torch", "torchvision", "timm", "pytorch-metric-learning", "lightning-fabric", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Started:
+    """The data is divided and the model stands."""
+
+    table: ImageTable
+    splits: Splits
+    images: int
+    classes: int
+    bad: Sequence[BadImage]
+    parameters: int
+    total_steps: int
+    resumed_at: int  # steps that an earlier process has done
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One look at the validation split."""
+
+    step: int
+    epoch: int
+    figures: dict[str, float]
+    best: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The encoder is written."""
+
+    encoder: Path
+    standing: Standing
+    stopped_early: bool
+
+
+Event = Started | Step | Evaluated | Finished
+
+
+def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]:
+    """Run a recipe, yielding what happens; leave the run folder `out` behind.
+
+    Stopping the iteration early loses nothing that a checkpoint has seen; with `resume` the next call goes on from it
+    and gives, on the same machine's CPU, the same numbers as a run that was never stopped.
+
+    Raises:
+        ConfigError: `out` holds another run, or parts of the recipe do not fit together.
+        DataError: the pictures cannot be used for training.
+    """
+    fit = Fit(recipe, out, resume=resume)
+    yield fit.started()
+    yield from fit.run()
+    yield fit.finish()
+
+
+def train_final(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]:
+    """Select on held-out classes, then train again on all classes for the chosen number of epochs.
+
+    The selected run is `out/selection`. The second model has seen every class, so nothing is left to measure it on:
+    its encoder carries the selected model's figures, labelled as such.
+    """
+    chosen: Standing | None = None
+    for event in train(recipe, out / "selection", resume=resume):
+        if isinstance(event, Finished):
+            chosen = event.standing
+        yield event
+    assert chosen is not None  # train() always ends with Finished
+    fit = Fit(recipe, out, resume=resume, everything=True, stop_epoch=chosen.best_epoch + 1)
+    fit.figures_of = {
+        "model": "selection",
+        "note": "measured on the selected model, which was trained without the validation and test classes",
+        "map_at_r": chosen.best_value,
+    }
+    yield fit.started()
+    yield from fit.run()
+    yield fit.finish()
+
+
+class Fit:
+    """One run: its parts, made in order, and the three things it does."""
+
+    def __init__(
+        self, recipe: Recipe, out: Path, *, resume: bool, everything: bool = False, stop_epoch: int | None = None
+    ) -> None:
+        config = recipe.train
+        self.recipe, self.out, self.everything = recipe, out, everything
+        self.stop_epoch = config.epochs if stop_epoch is None else min(stop_epoch, config.epochs)
+        self.figures_of: dict[str, Any] | None = None
+        self.digest = recipe_digest(recipe)
+        self.last, self.best = out / "checkpoints" / "last.pt", out / "checkpoints" / "best.safetensors"
+        prepare_folder(out, resume=resume, checkpoint=self.last)
+
+        seed_everything(config.seed)
+        self.fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=1,
+            precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
+        )
+        self.table = open_table(recipe.data.source)
+        self.splits = divide(self.table, recipe.data)
+        records = all_records(self.splits) if everything else self.splits.train
+        self.classes = sorted({r.label for r in records if r.label is not None})
+
+        self.model = build_model(recipe.model, image_size=recipe.data.image_size)
+        mean, std = self.model.input_stats
+        self.preprocess = Preprocess(size=recipe.data.image_size, fit=recipe.data.fit, mean=mean, std=std)
+        self.source = ImageSource(records, classes=self.classes, config=recipe.data, mean=mean, std=std)
+        sampler = ClassBalancedSampler(
+            self.source.labels,
+            classes_per_batch=config.classes_per_batch,
+            images_per_class=config.images_per_class,
+            steps_per_epoch=config.steps_per_epoch,
+            seed=config.seed,
+        )
+        self.batches = training_batches(self.source, sampler, recipe.data.augmentation, seed=config.seed)
+        objective = build_objective(
+            recipe, num_classes=len(self.classes), dim=self.model.dim, channels=self.model.channels
+        )
+        learner = Learner(self.model, objective)
+        optimizer = make_optimizer(learner, config)
+        self.learner, self.optimizer = self.fabric.setup(learner, optimizer)
+        self.standing = Standing()
+        if resume and self.last.exists():
+            self.standing = load_checkpoint(self.last, self.learner, self.optimizer, self.digest)
+        self.bad: list[BadImage] = list(self.source.bad)
+        self.validation = None if everything else Validation(self.splits.validation, self.preprocess, recipe, self.bad)
+        self.write_description()
+
+    def started(self) -> Started:
+        return Started(
+            table=self.table,
+            splits=self.splits,
+            images=len(self.source.records),
+            classes=len(self.classes),
+            bad=tuple(self.bad),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            total_steps=self.stop_epoch * len(self.batches),
+            resumed_at=self.standing.step,
+        )
+
+    def run(self) -> Iterator[Step | Evaluated]:
+        """Train to the end, or until nothing gets better any more."""
+        config, standing = self.recipe.train, self.standing
+        began = time.monotonic() - standing.seconds
+        with Log(self.out, keep_up_to=standing.step) as log:
+            for step in self.steps():
+                standing.step, standing.seconds = step.number, time.monotonic() - began
+                log.step(step, standing.seconds)
+                yield step
+                if step.number % len(self.batches):
+                    continue
+                epoch = step.epoch + 1
+                last = epoch == self.stop_epoch
+                if self.validation is not None and (epoch % config.evaluate_every == 0 or last):
+                    yield self.evaluate(step, log)
+                done = bool(config.patience) and standing.evaluations_since_best >= config.patience
+                if epoch % config.checkpoint_every == 0 or last or done:
+                    self.save()
+                if last or done:
+                    return
+
+    def steps(self) -> Iterator[Step]:
+        if self.standing.step >= self.stop_epoch * len(self.batches):
+            return iter(())
+        return steps(
+            self.fabric,
+            self.learner,
+            self.batches,
+            self.optimizer,
+            learning_rate_schedule(self.recipe.train),
+            epochs=self.recipe.train.epochs,
+            start=self.standing.step,
+            clip_norm=self.recipe.train.clip_norm,
+        )
+
+    def evaluate(self, step: Step, log: "Log") -> Evaluated:
+        """Measure on the validation split; keep the weights when they are the best so far."""
+        assert self.validation is not None
+        figures = self.validation.figures(self.model, self.fabric.device)
+        better = figures["map_at_r"] > self.standing.best_value
+        if better:
+            self.standing.best_value = figures["map_at_r"]
+            self.standing.best_step, self.standing.best_epoch = step.number, step.epoch
+            self.standing.evaluations_since_best = 0
+            self.keep_weights()
+        else:
+            self.standing.evaluations_since_best += 1
+        log.evaluation(step, figures, self.standing.seconds)
+        return Evaluated(step.number, step.epoch, figures, better)
+
+    def keep_weights(self) -> None:
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        write_aside(self.best, lambda aside: save_file(weights, aside))
+
+    def save(self) -> None:
+        save_checkpoint(self.last, self.learner, self.optimizer, self.standing, self.digest)
+
+    def finish(self) -> Finished:
+        """Write the encoder of the best weights (of the last ones where nothing was selected)."""
+        if self.validation is not None and self.best.exists():
+            self.model.load_state_dict(load_file(self.best))
+        else:
+            self.standing.best_step = self.standing.step
+        self.model.to("cpu").eval()
+        encoder = self.out / "encoder"
+        save_encoder(
+            self.model,
+            self.preprocess,
+            encoder,
+            provenance=self.provenance(),
+            classes=self.classes,
+            model_config=self.recipe.model,
+            image_size=self.recipe.data.image_size,
+        )
+        total = self.recipe.train.epochs * len(self.batches)
+        return Finished(encoder, self.standing, stopped_early=not self.everything and self.standing.step < total)
+
+    def provenance(self) -> dict[str, Any]:
+        figures = self.figures_of or {
+            "model": "this",
+            "note": f"validation split, {self.splits.protocol}",
+            "map_at_r": self.standing.best_value,
+        }
+        return {
+            "recipe": recipe_tree(self.recipe),
+            "recipe_digest": self.digest,
+            "protocol": self.splits.protocol,
+            "split_digest": self.splits.digest,
+            "trained_on": "all classes" if self.everything else "the training split",
+            "step": self.standing.best_step,
+            "figures": figures,
+        }
+
+    def write_description(self) -> None:
+        """Everything that says what this run is, before its first step."""
+        (self.out / "recipe.toml").write_text(tomli_w.dumps(recipe_tree(self.recipe)))
+        (self.out / "splits.json").write_text(json.dumps(self.splits.to_json(), indent=1))
+        (self.out / "environment.json").write_text(json.dumps(environment(self.fabric.device), indent=1))
+        with (self.out / "bad_images.csv").open("w", newline="") as handle:
+            rows = csv.writer(handle)
+            rows.writerow(["path", "reason"])
+            rows.writerows((b.path, b.reason) for b in self.bad)
+
+
+class Validation:
+    """The held-out split, decoded once when it fits in memory, measured again and again."""
+
+    def __init__(
+        self, records: Sequence[Record], preprocess: Preprocess, recipe: Recipe, bad: list[BadImage]
+    ) -> None:
+        self.records, self.preprocess = records, preprocess
+        self.workers = recipe.data.workers
+        labels = sorted({r.label for r in records if r.label is not None})
+        index = {label: number for number, label in enumerate(labels)}
+        self.labels = np.array([index[r.label] for r in records if r.label is not None])
+        bytes_needed = len(records) * 3 * preprocess.size**2 * 4
+        self.kept = list(self.read(bad)) if bytes_needed <= recipe.data.memory_gb * 1e9 / 2 else None
+
+    def read(self, bad: list[BadImage]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return iter(batches_of(self.records, self.preprocess, batch_size=256, workers=self.workers, bad=bad))
+
+    def figures(self, model: torch.nn.Module, device: torch.device) -> dict[str, float]:
+        """MAP@R, R-Precision and Recall@1, 2, 4, 8 of the split searched in itself."""
+        metrics = self.measure(model, device)
+        recalls = {f"recall_at_{k}": value for k, value in metrics.recall.items()}
+        return {"map_at_r": metrics.map_at_r, "r_precision": metrics.r_precision, **recalls}
+
+    @torch.no_grad()
+    def measure(self, model: torch.nn.Module, device: torch.device) -> RetrievalMetrics:
+        training = model.training
+        model.eval()
+        rows, vectors = [], []
+        for positions, pixels in self.kept if self.kept is not None else self.read([]):
+            rows.append(positions)
+            vectors.append(model(torch.from_numpy(pixels).to(device)).unit.float().cpu().numpy())
+        model.train(training)
+        return retrieval_metrics(np.concatenate(vectors), self.labels[np.concatenate(rows)])
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, side by side. Lines behind the checkpoint that is resumed from are dropped."""
+
+    def __init__(self, out: Path, *, keep_up_to: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        path = out / "metrics.jsonl"
+        kept = []
+        if keep_up_to and path.exists():
+            kept = [line for line in path.read_text().splitlines() if whole_line_up_to(line, keep_up_to)]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.lines = path.open("a")
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=keep_up_to + 1)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lines.close()
+        self.board.close()
+
+    def step(self, step: Step, seconds: float) -> None:
+        terms = {name: round(float(term), 6) for name, term in step.terms.items()}
+        self.write({"step": step.number, "epoch": step.epoch, "learning_rate": step.learning_rate, **terms}, seconds)
+        for name, value in terms.items():
+            self.board.add_scalar(f"train/{name}", value, step.number)
+        self.board.add_scalar("train/learning_rate", step.learning_rate, step.number)
+
+    def evaluation(self, step: Step, figures: dict[str, float], seconds: float) -> None:
+        self.write({"step": step.number, "epoch": step.epoch, "validation": figures}, seconds)
+        for name, value in figures.items():
+            self.board.add_scalar(f"validation/{name}", value, step.number)
+        self.lines.flush()
+
+    def write(self, entry: dict[str, Any], seconds: float) -> None:
+        self.lines.write(json.dumps({**entry, "seconds": round(seconds, 3)}) + "\n")
+
+
+def whole_line_up_to(line: str, step: int) -> bool:
+    """Whether a log line is complete (a kill may cut one) and belongs to the steps that are kept."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError):
+        return False
+
+
+def prepare_folder(out: Path, *, resume: bool, checkpoint: Path) -> None:
+    """Make the run folder, and refuse to write over a run that is there."""
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; --out must be a folder.")
+    if checkpoint.exists() and not resume:
+        raise ConfigError(
+            f"{out} already holds a run. Go on with it: --resume auto. Start another: choose another --out, "
+            f"or delete the folder."
+        )
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The run folder {out} cannot be made: {error}") from None
+
+
+def all_records(splits: Splits) -> tuple[Record, ...]:
+    """Every labelled picture, whatever its split."""
+    parts = (splits.train, splits.validation, splits.test, splits.query, splits.gallery)
+    return tuple(record for part in parts for record in part)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what draws without being given a generator: initial weights, dropout."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from it)
+    torch.manual_seed(seed)
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """A hash of the effective recipe: equal for runs that would give the same numbers."""
+    return hashlib.sha256(json.dumps(recipe_tree(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the run ran on."""
+    versions = {}
+    for package in ("dml", *PACKAGES):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": versions,
+    }
+
+
+def with_source(recipe: Recipe, source: str) -> Recipe:
+    """The recipe for the data given on the command line."""
+    if not source and not recipe.data.source:
+        raise DataError("No data: give a folder, a manifest or the name of a data set (dml list datasets).")
+    return recipe if not source else replace(recipe, data=replace(recipe.data, source=source))
