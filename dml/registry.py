@@ -1,11 +1,13 @@
 """Turn a short name, or an import path, into the class it stands for.
 
-A table maps names to import paths ("dml.losses.triplet:TripletLoss"), so that listing what exists loads nothing.
+A table maps names to import paths ("dml.losses.triplet:TripletLoss"), so that listing what exists loads
+nothing.
 """
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from dml.errors import ConfigError
@@ -54,3 +56,58 @@ def unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
         f'Unknown {kind} "{name}". {hint}Known: {", ".join(sorted(known))}. '
         f'Your own class works too: write it as "my_package.my_module:MyClass".'
     )
+
+
+def construct(
+    kind: str,
+    name: str,
+    args: Mapping[str, Any],
+    table: Mapping[str, Callable[..., Any] | str],
+    context: Mapping[str, Any] | None = None,
+) -> Any:
+    """Resolve a part of a recipe and call it with the recipe's arguments.
+
+    Args:
+        kind, name, table: as in `resolve`.
+        args: keyword arguments written in the recipe.
+        context: values the system knows (number of classes, dimension, seed, …); each is passed when the
+            callable has a parameter of that name which the recipe does not set.
+
+    Raises:
+        ConfigError: an argument that the callable does not have (with the nearest one that it has), or values
+            that it refuses.
+    """
+    target = resolve(kind, name, table)
+    known, open_ended = parameter_names(target)
+    for key in args:
+        if key not in known and not open_ended:
+            guess = get_close_matches(key, known, n=1)
+            hint = f'Did you mean "{guess[0]}"? ' if guess else ""
+            takes = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f'The {kind} "{name}" has no argument "{key}". {hint}It takes: {takes}.')
+    given = {key: value for key, value in (context or {}).items() if key in known} | dict(args)
+    try:
+        return target(**given)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f'The {kind} "{name}" cannot be made with {given}: {error or "it refuses these values"}'
+        ) from error
+
+
+def parameter_names(target: Callable[..., Any]) -> tuple[list[str], bool]:
+    """Keyword parameters of a callable, with **kwargs followed up its base classes; and whether it takes more."""
+    makers = (
+        [vars(base)["__init__"] for base in target.__mro__ if "__init__" in vars(base)]
+        if isinstance(target, type)
+        else [target]
+    )
+    names: dict[str, None] = {}
+    for maker in makers:
+        if maker is object.__init__:
+            return list(names), False
+        kinds = signature(maker).parameters.values()
+        names |= {p.name: None for p in kinds if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        names.pop("self", None)
+        if not any(p.kind == p.VAR_KEYWORD for p in kinds):
+            return list(names), False
+    return list(names), True

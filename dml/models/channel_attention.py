@@ -13,8 +13,8 @@ class ChannelAttention(nn.Module):
         h_i = relu(W₁ s_i + b₁)                       (hidden,)
         a_i = sigmoid(W₂ h_i + b₂)                    (C,)    excite
 
-    The second layer starts close to zero, so that every attention starts near 0.5, where the sigmoid is steepest. The
-    squeeze is not detached: a loss on the attention reaches the trunk through it.
+    The second layer starts close to zero, so that every attention starts near 0.5, where the sigmoid is
+    steepest. The squeeze is not detached: a loss on the attention reaches the trunk through it.
 
     Args:
         channels: C, channels of the feature map.
@@ -28,7 +28,8 @@ class ChannelAttention(nn.Module):
         ValueError: for channels or reduction below 1, or features that do not have C channels.
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, arXiv:1709.01507. Its use for the channel
-    correlation loss: Song et al., arXiv:2010.05469; hidden width and start are our choice, the paper's are unknown.
+    correlation loss: Song et al., arXiv:2010.05469; the paper's hidden width and start are unknown, these are
+    our choice.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
@@ -47,7 +48,8 @@ class ChannelAttention(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         if features.ndim not in (2, 4) or features.shape[1] != self.channels:
             raise ValueError(
-                f"expected features (N, {self.channels}, H, W) or (N, {self.channels}), got {tuple(features.shape)}"
+                f"expected features (N, {self.channels}, H, W) or (N, {self.channels}), "
+                f"got {tuple(features.shape)}"
             )
         pooled = features.mean(dim=(2, 3)) if features.ndim == 4 else features
         return torch.sigmoid(self.excite(torch.relu(self.squeeze(pooled))))
