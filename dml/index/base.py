@@ -4,10 +4,17 @@
 - Ids are int64 and not negative: rows of a catalogue. A missing result has id -1 and score -inf.
 - Rows of a result are sorted best first; equal scores are ordered by id, so results are repeatable.
 - Parameters of a search travel with the call. An index has no search state to set.
+- A search returns min(k, how many may be returned) results: an approximate index may miss a true neighbour, but it
+  never comes back with fewer results than there are.
+- Scores are the float32 nearest to the true inner product, whichever engine found the candidates and however many
+  queries came at once; so equal vectors have equal scores everywhere, and results can be compared between backends.
+- One thread may write (add, remove) while nobody searches; any number of threads may search at once. `without` gives
+  a changed view and leaves the original as it is, so that searches under way are not disturbed.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +45,17 @@ class VectorIndex(Protocol):
     exact: bool
     """Whether a search always returns the true neighbours."""
 
+    def describe(self) -> dict[str, Any]:
+        """Kind, device and settings, for people and for manifests."""
+        ...
+
+    def prepare(self, sample: Vectors, count: int) -> None:
+        """Learn from a sample what is needed before the first add (IVF's cells), and make room for `count` rows.
+
+        Optional: `add` on an unprepared index learns from the rows of the first call.
+        """
+        ...
+
     def __len__(self) -> int:
         """How many vectors it holds (removed ones do not count)."""
         ...
@@ -50,20 +68,65 @@ class VectorIndex(Protocol):
         """Forget these ids; return how many of them were there."""
         ...
 
+    def without(self, ids: Ids) -> "VectorIndex":
+        """The same vectors with these ids removed, as a view: this index does not change, nothing is copied but a
+        mask. The view is for searching; while it is in use nothing may be added to the original."""
+        ...
+
     def search(
-        self, queries: Vectors, k: int, *, effort: int | None = None, allowed: Ids | None = None
+        self,
+        queries: Vectors,
+        k: int,
+        *,
+        effort: int | None = None,
+        allowed: Ids | None = None,
+        exact: bool = False,
     ) -> Hits:
         """The k nearest of each query (Q, D).
 
         Args:
             effort: how hard to look (HNSW: efSearch, IVF: nprobe); None: the index's own default.
             allowed: only these ids may be returned.
+            exact: return the true neighbours, however long it takes.
+
+        Raises:
+            VectorError, DimensionMismatch: for queries that are not finite unit vectors of `dim` numbers.
+            ValueError: for k or effort below 1.
         """
         ...
 
-    def save(self, path: Path) -> None:
-        """Write the index to one file, completely or not at all."""
+    def save(self, path: Path, *, note: Mapping[str, Any] | None = None) -> None:
+        """Write the index to one file, completely or not at all; `note` (JSON) is kept in its header.
+
+        Raises:
+            StorageError: the disk is full or refuses; what was at `path` before is untouched.
+        """
         ...
+
+
+def no_hits(queries: int, k: int) -> Hits:
+    """k missing results for each query."""
+    return Hits(np.full((queries, k), -1, np.int64), np.full((queries, k), -np.inf, np.float32))
+
+
+def check_ids(ids: NDArray, count: int | None = None) -> Ids:
+    """Return int64 ids (N,) after checking that they are not negative, distinct, and `count` many."""
+    rows = np.ascontiguousarray(ids, dtype=np.int64)
+    if rows.ndim != 1 or (count is not None and len(rows) != count):
+        raise ValueError(f"expected {'N' if count is None else count} ids, got shape {rows.shape}")
+    if len(rows) and rows.min() < 0:
+        raise ValueError(f"ids must not be negative, got {rows.min()}")
+    if len(np.unique(rows)) != len(rows):
+        raise ValueError("the same id is given twice")
+    return rows
+
+
+def check_search(k: int, effort: int | None) -> None:
+    """Refuse a search that asks for nothing."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if effort is not None and effort < 1:
+        raise ValueError(f"effort must be at least 1, got {effort}")
 
 
 def check_vectors(vectors: NDArray, dim: int, where: str = "the vector") -> Vectors:
@@ -78,7 +141,8 @@ def check_vectors(vectors: NDArray, dim: int, where: str = "the vector") -> Vect
         raise VectorError(f"{where}: expected rows of shape (N, {dim}), got shape {rows.shape}")
     if rows.shape[1] != dim:
         raise DimensionMismatch(dim, rows.shape[1], where)
-    norms = np.linalg.norm(rows, axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(rows, axis=1)
     if not np.isfinite(norms).all():
         row = int(np.flatnonzero(~np.isfinite(norms))[0])
         raise VectorError(f"{where}: row {row} holds NaN or infinity")

@@ -1,0 +1,207 @@
+"""Files that are there completely or not at all, and the format of a saved index.
+
+An index file::
+
+    magic (8 bytes) · where the header starts, its length (2 × uint64) · sha256 of the header (32 bytes)
+    section 0 · section 1 · …                 raw bytes, each with its length and sha256 in the header
+    header                                    JSON: format, kind, dim, count, settings, note, sections
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from dml.errors import DamagedFile, StorageError
+
+MAGIC = b"DMLINDEX"
+FORMAT = 1
+PREFIX = struct.Struct("<8sQQ32s")
+BLOCK = 1 << 22  # bytes per read while checking
+ASIDE = ".aside"
+"""Files with this suffix are half-written; whoever holds the folder's lock may delete them."""
+
+
+class Sink(Protocol):
+    """Where the bytes of a section go."""
+
+    def write(self, data: bytes | memoryview, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an index file says about itself."""
+
+    kind: str
+    dim: int
+    count: int
+    settings: Mapping[str, Any]  # of the kind
+    note: Mapping[str, Any]  # of whoever saved it
+    sections: Mapping[str, tuple[int, int, str]]  # name -> (offset, length, sha256)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to; on leaving it is flushed to the disk and takes the place of `path` in one step.
+
+    Raises:
+        StorageError: for every OSError on the way; `path` is then as it was.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written: {error.strerror or error}. What was there before is unchanged; "
+            f"make room (or fix the permissions) and try again."
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class HashingSink:
+    """Passes bytes on, and remembers their digest and length."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.length = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        self.length += len(view)
+        return self.file.write(view)
+
+
+def write_index_file(
+    path: Path,
+    *,
+    kind: str,
+    dim: int,
+    count: int,
+    settings: Mapping[str, Any],
+    note: Mapping[str, Any],
+    sections: Mapping[str, Callable[[Sink], None]],
+) -> None:
+    """Write an index file aside, flush it, and put it into place. `sections`: name -> writes its bytes to a sink."""
+    with written_aside(path) as file:
+        file.write(bytes(PREFIX.size))
+        table: dict[str, tuple[int, int, str]] = {}
+        for name, write in sections.items():
+            sink = HashingSink(file)
+            offset = file.tell()
+            write(sink)
+            table[name] = (offset, sink.length, sink.digest.hexdigest())
+        header = {
+            "format": FORMAT,
+            "kind": kind,
+            "dim": dim,
+            "count": count,
+            "settings": dict(settings),
+            "note": dict(note),
+            "sections": table,
+        }
+        encoded = json.dumps(header).encode()
+        offset = file.tell()
+        file.write(encoded)
+        file.seek(0)
+        file.write(PREFIX.pack(MAGIC, offset, len(encoded), hashlib.sha256(encoded).digest()))
+
+
+def read_header(path: Path) -> Header:
+    """The header of an index file, checked; the sections are not.
+
+    Raises:
+        DamagedFile: no index file, cut short, changed, or of a newer format.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(PREFIX.size)
+            if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
+                raise DamagedFile(f"{path} is not an index file, or only its beginning was written")
+            _, offset, length, digest = PREFIX.unpack(prefix)
+            if offset + length > size:
+                raise DamagedFile(f"{path} is cut short: {size} bytes, expected {offset + length}")
+            file.seek(offset)
+            encoded = file.read(length)
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror or error}") from error
+    if hashlib.sha256(encoded).digest() != digest:
+        raise DamagedFile(f"{path} is damaged: the checksum of its header does not fit")
+    tree = json.loads(encoded)
+    if tree["format"] > FORMAT:
+        raise DamagedFile(
+            f"{path} has format {tree['format']}, and this version reads up to {FORMAT}; update dml to read it"
+        )
+    sections = {name: tuple(entry) for name, entry in tree["sections"].items()}
+    return Header(tree["kind"], tree["dim"], tree["count"], tree["settings"], tree["note"], sections)  # type: ignore[arg-type]
+
+
+def check_sections(path: Path, header: Header) -> None:
+    """Compare every section with its checksum. Raises DamagedFile naming the first that does not fit."""
+    try:
+        with open(path, "rb") as file:
+            for name, (offset, length, expected) in header.sections.items():
+                digest = hashlib.sha256()
+                file.seek(offset)
+                left = length
+                while left and (block := file.read(min(left, BLOCK))):
+                    digest.update(block)
+                    left -= len(block)
+                if left or digest.hexdigest() != expected:
+                    raise DamagedFile(f"{path} is damaged: the checksum of its {name} does not fit")
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def check_index_file(path: Path) -> Header:
+    """Read the header and check everything. Raises DamagedFile."""
+    header = read_header(path)
+    check_sections(path, header)
+    return header
+
+
+def read_array(path: Path, header: Header, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A section as an array."""
+    offset, length, _ = header.sections[name]
+    array = np.empty(shape, dtype)
+    if array.nbytes != length:
+        raise DamagedFile(f"{path} is damaged: {name} holds {length} bytes, expected {array.nbytes}")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        if length and file.readinto(memoryview(array).cast("B")) != length:
+            raise DamagedFile(f"{path} is damaged: {name} is cut short")
+    return array
+
+
+def array_section(array: np.ndarray) -> Callable[[Sink], None]:
+    """A section that holds an array's bytes."""
+
+    def write(sink: Sink) -> None:
+        if array.size:
+            sink.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+
+    return write

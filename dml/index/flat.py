@@ -1,0 +1,197 @@
+"""Exact search with numpy: every vector is compared. The reference that all other kinds are tested against."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dml.errors import ConfigError
+from dml.index.base import Hits, Ids, Vectors, check_ids, check_search, check_vectors, no_hits
+from dml.index.file import array_section, check_index_file, read_array, write_index_file
+from dml.index.ranking import SPARE, rank
+from dml.index.rows import Rows
+
+QUERY_BLOCK = 256
+SCORE_LIMIT = 1 << 22
+"""Scores (float32) held at once: 16 MB."""
+
+
+class FlatIndex:
+    """All vectors in one array; a search is one matrix product per block of it.
+
+    Memory: 4 · D bytes per vector (twice that while the array grows). Exact; `effort` changes nothing.
+    """
+
+    kind = "flat"
+    exact = True
+
+    def __init__(self, dim: int, *, device: str = "auto") -> None:
+        if device not in ("auto", "cpu"):
+            raise ConfigError(f'The index kind "flat" runs on the CPU, not on "{device}". For a GPU use faiss_flat.')
+        if dim < 1:
+            raise ConfigError(f"an index needs vectors of at least 1 number, got dim {dim}")
+        self.dim = dim
+        self.rows = Rows()
+        self._buffer: Vectors = np.empty((0, dim), np.float32)  # grows by doubling; the first len(rows) rows count
+
+    def __len__(self) -> int:
+        return self.rows.live
+
+    @property
+    def vectors(self) -> Vectors:
+        """(slots, D), dead ones included."""
+        return self._buffer[: len(self.rows)]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "exact": True, "device": "cpu"}
+
+    def prepare(self, sample: Vectors, count: int) -> None:
+        self._reserve(count)
+
+    def _reserve(self, count: int) -> None:
+        if count > len(self._buffer):
+            larger = np.empty((count, self.dim), np.float32)
+            larger[: len(self.rows)] = self.vectors
+            self._buffer = larger
+
+    def add(self, ids: Ids, vectors: Vectors) -> None:
+        rows = check_vectors(vectors, self.dim, "the vectors to add")
+        names = check_ids(ids, len(rows))
+        used = len(self.rows)
+        self.rows.append(names)
+        if len(self.rows) > len(self._buffer):
+            self._buffer, old = np.empty((max(64, 2 * len(self.rows)), self.dim), np.float32), self._buffer
+            self._buffer[:used] = old[:used]
+        self._buffer[used : len(self.rows)] = rows
+
+    def remove(self, ids: Ids) -> int:
+        return self.rows.kill(ids)
+
+    def without(self, ids: Ids) -> "FlatIndex":
+        twin = self._twin()
+        twin.rows.kill(ids)
+        return twin
+
+    def extended(self, ids: Ids, vectors: Vectors) -> "FlatIndex":
+        """A view with more rows; this index does not change.
+
+        The views share one buffer: each sees only its own first rows, and new ones are written behind them. So only
+        the newest view may be extended (one writer), while older ones go on answering.
+        """
+        twin = self._twin()
+        twin.add(ids, vectors)
+        return twin
+
+    def _twin(self) -> "FlatIndex":
+        twin = FlatIndex(self.dim)
+        twin.rows, twin._buffer = self.rows.view(), self._buffer
+        return twin
+
+    def search(
+        self,
+        queries: Vectors,
+        k: int,
+        *,
+        effort: int | None = None,
+        allowed: Ids | None = None,
+        exact: bool = False,
+    ) -> Hits:
+        check_search(k, effort)
+        queries = check_vectors(queries, self.dim, "the query")
+        slots = None if self.rows.live == len(self.rows) else self.rows.living()
+        if allowed is not None:
+            slots = self.rows.find(np.unique(np.asarray(allowed, np.int64)))
+            slots = slots[slots >= 0]
+        return search_exactly(queries, self.vectors, self.rows.ids, k=k, slots=slots)
+
+    def save(self, path: Path, *, note: Mapping[str, Any] | None = None) -> None:
+        living = self.rows.living()
+        everything = len(living) == len(self.rows)
+        write_index_file(
+            path,
+            kind=self.kind,
+            dim=self.dim,
+            count=len(living),
+            settings={},
+            note=note or {},
+            sections={
+                "ids": array_section(self.rows.ids[living]),
+                "vectors": array_section(self.vectors if everything else self.vectors[living]),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "auto") -> "FlatIndex":
+        """Read what `save` wrote. Raises DamagedFile."""
+        header = check_index_file(path)
+        index = cls(header.dim, device=device)
+        index.rows = Rows(read_array(path, header, "ids", np.int64, (header.count,)))
+        index._buffer = read_array(path, header, "vectors", np.float32, (header.count, header.dim))
+        return index
+
+
+def search_exactly(
+    queries: Vectors, vectors: Vectors, ids: Ids, *, k: int, slots: NDArray[np.int64] | None = None
+) -> Hits:
+    """The k nearest rows of `vectors` for each query, in blocks; ties by id.
+
+    Args:
+        queries: (Q, D) unit rows.
+        vectors: (N, D) unit rows, one per slot.
+        ids: (N,) id of each slot.
+        slots: only these rows; None: all.
+    """
+    count = len(vectors) if slots is None else len(slots)
+    hits = no_hits(len(queries), k)
+    pending = np.arange(len(queries)) if count else np.empty(0, np.int64)
+    fetch = min(k + SPARE, count)
+    while len(pending):
+        unsettled = []
+        for start in range(0, len(pending), QUERY_BLOCK):
+            part = pending[start : start + QUERY_BLOCK]
+            candidates, floor = best_slots(queries[part], vectors, fetch=fetch, slots=slots)
+            ranked = rank(
+                queries[part], candidates, rough_floor=floor, k=k, ids=ids, vectors_at=vectors.__getitem__
+            )
+            width = ranked.ids.shape[1]
+            hits.ids[part, :width], hits.scores[part, :width] = ranked.ids, ranked.scores
+            unsettled.append(part[~ranked.settled])
+        pending = np.concatenate(unsettled)
+        fetch = min(4 * fetch, count)  # many equal scores at the end of the list: look further down
+    return hits
+
+
+def best_slots(
+    queries: Vectors, vectors: Vectors, *, fetch: int, slots: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(Q, fetch) slots with the highest float32 scores in any order, and the lowest score among them (Q,).
+
+    The floor is -inf when every row is among the candidates.
+    """
+    count = len(vectors) if slots is None else len(slots)
+    block = max(fetch, SCORE_LIMIT // len(queries))
+    best = np.empty((len(queries), 0), np.int64)
+    best_scores = np.empty((len(queries), 0), np.float32)
+    for start in range(0, count, block):
+        if slots is None:
+            names = np.arange(start, min(start + block, count))
+            scores = queries @ vectors[start : start + block].T
+        else:
+            names = slots[start : start + block]
+            scores = queries @ vectors[names].T
+        if scores.shape[1] > fetch:
+            keep = np.argpartition(scores, scores.shape[1] - fetch, axis=1)[:, -fetch:]
+            names, scores = names[keep], np.take_along_axis(scores, keep, axis=1)
+        else:
+            names = np.broadcast_to(names, scores.shape)
+        best = np.concatenate([best, names], axis=1)
+        best_scores = np.concatenate([best_scores, scores], axis=1)
+        if best.shape[1] > fetch:
+            keep = np.argpartition(best_scores, best.shape[1] - fetch, axis=1)[:, -fetch:]
+            best = np.take_along_axis(best, keep, axis=1)
+            best_scores = np.take_along_axis(best_scores, keep, axis=1)
+    if fetch >= count:
+        return best, np.full(len(queries), -np.inf, np.float32)
+    return best, best_scores.min(axis=1)
