@@ -4,13 +4,14 @@ Every figure here follows four rules:
 
 - Similarity is the cosine; rows are brought to unit length first (a row of zeros stays zero: similarity 0 to
   everything).
-- A query never finds itself. "Itself" means *the same id*, not the first hit: an exact duplicate under another id
-  is a legitimate result, and a query that is not its own first hit is still left out.
+- A query never finds itself. "Itself" means *the same id*, not the first hit: an exact duplicate under
+  another id is a legitimate result, and a query that is not its own first hit is still left out.
 - Equal similarities are ordered by position in the gallery: figures are repeatable and labels play no part.
-- A query without a relevant item in the gallery has no rank to measure: it is left out of every mean and counted.
+- A query without a relevant item in the gallery has no rank to measure: it is left out of every mean and
+  counted.
 
-Nothing here holds a queries x gallery matrix: similarities are made in blocks of rows, so 120,000 x 512 against
-itself stays within 1 GB.
+Nothing here holds a queries x gallery matrix: similarities are made in blocks of rows, so 120,000 x 512
+against itself stays within 1 GB.
 """
 
 import os
@@ -53,8 +54,8 @@ class Interval(NamedTuple):
 class RetrievalMetrics:
     """The figures of one evaluation, and what they were for every query.
 
-    Means are over the counted queries, each with equal weight, and lie in [0, 1]. Arrays have one entry per query
-    given; skipped queries have 0 in `first_hit` and `relevant` and NaN in the others.
+    Means are over the counted queries, each with equal weight, and lie in [0, 1]. Arrays have one entry per
+    query given; skipped queries have 0 in `first_hit` and `relevant` and NaN in the others.
     """
 
     recall: dict[int, float]  # K -> share of queries with a relevant item among the K nearest
@@ -152,17 +153,17 @@ def retrieval_metrics(
 def recall_at_k(
     embeddings: ArrayLike, labels: Labels, k: Sequence[int] = (1, 2, 4, 8), **options: Any
 ) -> dict[int, float]:
-    """K -> Recall@K in [0, 1]. Options and errors are those of `retrieval_metrics`, which gives all figures."""
+    """K -> Recall@K in [0, 1]. Options and errors: `retrieval_metrics`, which gives all figures at once."""
     return retrieval_metrics(embeddings, labels, ks=k, **options).recall
 
 
 def map_at_r(embeddings: ArrayLike, labels: Labels, **options: Any) -> float:
-    """MAP@R in [0, 1]. Options and errors are those of `retrieval_metrics`, which gives all figures."""
+    """MAP@R in [0, 1]. Options and errors: `retrieval_metrics`, which gives all figures at once."""
     return retrieval_metrics(embeddings, labels, **options).map_at_r
 
 
 def r_precision(embeddings: ArrayLike, labels: Labels, **options: Any) -> float:
-    """R-Precision in [0, 1]. Options and errors are those of `retrieval_metrics`, which gives all figures."""
+    """R-Precision in [0, 1]. Options and errors: `retrieval_metrics`, which gives all figures at once."""
     return retrieval_metrics(embeddings, labels, **options).r_precision
 
 
@@ -235,8 +236,8 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of `values`.
 
     Queries of one class succeed and fail together. Where the classes themselves are a sample (the open-set
-    protocol), resampling single queries would pretend to know more than is known: give the classes as `groups`, and
-    whole classes are resampled.
+    protocol), resampling single queries would pretend to know more than is known: give the classes as
+    `groups`, and whole classes are resampled.
 
     Args:
         values: (N,) one figure per query; NaN entries (skipped queries) are left out.
@@ -274,8 +275,8 @@ def bootstrap_interval(
 def nmi(embeddings: ArrayLike, labels: Labels, *, seed: int | np.random.Generator = 0) -> float:
     """Normalised mutual information in [0, 1] between the classes and a clustering into as many clusters.
 
-    The clustering is `spherical_kmeans` (rows without a label are left out). It depends on the seed; read it beside
-    MAP@R and not instead of it.
+    The clustering is `spherical_kmeans` (rows without a label are left out). It depends on the seed; read it
+    beside MAP@R and not instead of it.
     """
     rows, codes = _unit_rows(embeddings, "the embeddings"), _codes(labels)[0]
     if len(rows) != len(codes):
@@ -332,9 +333,10 @@ def spherical_kmeans(
 ) -> Ints:
     """(N,) the cluster of each row by k-means on the unit sphere.
 
-    Centres are unit means; rows go to the centre of highest cosine. The start is k-means++ up to 1,000 clusters and
-    random rows above, where choosing one after another would take longer than the clustering. A cluster that loses
-    its last row restarts at the row that fits its own centre worst. Stops when no row moves.
+    Centres are unit means; rows go to the centre of highest cosine. The start is k-means++ up to 1,000
+    clusters and random rows above, where choosing one after another would take longer than the clustering. A
+    cluster that loses its last row restarts at the row that fits its own centre worst. Stops when no row
+    moves.
 
     Raises:
         ValueError: for fewer rows than clusters, or fewer than one cluster.
@@ -501,7 +503,7 @@ def _blocks(
 def _in_threads(
     work: Callable[[NDArray[np.float32], Ints], None], similarity: NDArray[np.float32], rows: Ints
 ) -> None:
-    """Give every processor a slice of the rows: BLAS has its own threads, selecting in numpy would use one."""
+    """Give every processor a slice of the rows: BLAS has threads of its own, selecting in numpy has not."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     if similarity.size < 1_000_000 or workers == 1:
         work(similarity, rows)
@@ -514,9 +516,9 @@ def _in_threads(
 def _best(similarity: NDArray[np.float32], k: int) -> tuple[Ints, NDArray[np.float32]]:
     """Positions and scores of the k largest of each row, ties by position; -1 where the score is -inf.
 
-    A bound that at least k entries of a row reach leaves only a few candidates to sort: the k-th largest of the
-    maxima of interleaved tiles (k tiles reach it, each with one entry at least), or of the row itself when k is a
-    large part of it.
+    A bound that at least k entries of a row reach leaves only a few candidates to sort: the k-th largest of
+    the maxima of interleaved tiles (k tiles reach it, each with one entry at least), or of the row itself
+    when k is a large part of it.
     """
     height, width = similarity.shape
     depth = width // max(8 * k, min(512, width))  # entries per tile
@@ -562,7 +564,7 @@ def _rank_of_best(similarity: NDArray[np.float32], members: Ints) -> int:
     scores = similarity[members]
     nearest = members[scores.argmax()]  # the first of equals, as members ascend
     best = similarity[nearest]
-    return 1 + np.count_nonzero(similarity > best) + np.count_nonzero(similarity[:nearest] == best)
+    return 1 + int(np.count_nonzero(similarity > best) + np.count_nonzero(similarity[:nearest] == best))
 
 
 def _unit_rows(vectors: ArrayLike, where: str) -> NDArray[np.float32]:
@@ -575,7 +577,7 @@ def _unit_rows(vectors: ArrayLike, where: str) -> NDArray[np.float32]:
         raise VectorError(f"{where}: row {row} holds NaN or infinity, or is too long to measure")
     if (np.abs(norms - 1) <= 1e-6).all():
         return rows  # no second copy of what is already right
-    return rows / np.where(norms > 0, norms, np.float32(1))
+    return np.divide(rows, np.where(norms > 0, norms, 1), dtype=np.float32)
 
 
 def _codes(*labellings: Labels) -> list[Ints]:
