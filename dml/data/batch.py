@@ -21,4 +21,6 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
+        return replace(
+            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None}
+        )
