@@ -95,7 +95,7 @@ def construct(
 
 
 def parameter_names(target: Callable[..., Any]) -> tuple[list[str], bool]:
-    """Keyword parameters of a callable, with **kwargs followed up its base classes; and whether it takes more."""
+    """Keyword parameters of a callable, **kwargs followed up its base classes; and whether it takes more."""
     makers = (
         [vars(base)["__init__"] for base in target.__mro__ if "__init__" in vars(base)]
         if isinstance(target, type)
