@@ -6,7 +6,7 @@ every run, so that a resumed run goes on as if it had never stopped.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from dml.config import DataConfig
 from dml.data.augment import Augmentation
 from dml.data.batch import Batch
 from dml.data.reading import batches_of, check_share, read, read_ahead
-from dml.data.sampler import ClassBalancedSampler
+from dml.data.sampler import ClassBalancedSampler, Indices
 from dml.data.table import Record
 from dml.errors import DataError, InvalidImage
 from dml.imaging import BadImage, probe
@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 MARGIN = 1.25
 """Stored squares are this much larger than what the network sees, so that random crops keep their
 sharpness."""
+
+
+SWEEP = 1
+"""Sets the random numbers of a sweep over all pictures apart from those of training steps."""
 
 
 class ImageSource:
@@ -221,11 +225,27 @@ class TrainingBatches:
         Raises:
             TooManyBadImages: when pictures read on the way turn out to be damaged, beyond the limit.
         """
+        drawn = enumerate(self.sampler.epoch(number, start=start), start)
+        yield from self._batches((rows, _seed(self.seed, number, step)) for step, rows in drawn)
+
+    def sweep(self, number: int, *, size: int = 256) -> Iterator[Batch]:
+        """Every picture once, in the order of the records and augmented as in training, for statistics of the set.
+
+        Raises:
+            TooManyBadImages: as `epoch`.
+        """
+        cuts = torch.arange(len(self.source)).split(size)
+        # Seeds of their own, apart from those of the epoch's steps.
+        yield from self._batches(
+            (rows.numpy(), _seed(self.seed, number, step, SWEEP)) for step, rows in enumerate(cuts)
+        )
+
+    def _batches(self, drawn: Iterable[tuple[Indices, int]]) -> Iterator[Batch]:
         if self._pixels is None:
-            yield from self._from_disk(number, start)
+            yield from self._from_disk(drawn)
             return
-        for step, rows in enumerate(self.sampler.epoch(number, start=start), start):
-            yield self._from_memory(self._pixels, torch.from_numpy(rows), _seed(self.seed, number, step))
+        for rows, seed in drawn:
+            yield self._from_memory(self._pixels, torch.from_numpy(rows), seed)
 
     def _from_memory(self, pixels: Tensor, rows: Tensor, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
@@ -234,12 +254,9 @@ class TrainingBatches:
         pictures = self.augmentation.on_batch(pixels[there], self.source.aspect[rows], size, generator)
         return Batch(there, self.source.normalize(pictures), self.source.labels[rows].to(self.device))
 
-    def _from_disk(self, number: int, start: int) -> Iterator[Batch]:
+    def _from_disk(self, drawn: Iterable[tuple[Indices, int]]) -> Iterator[Batch]:
         config = self.source.config
-        plan = [
-            [(int(row), _seed(self.seed, number, step, place)) for place, row in enumerate(rows)]
-            for step, rows in enumerate(self.sampler.epoch(number, start=start), start)
-        ]
+        plan = [[(int(row), _seed(seed, place)) for place, row in enumerate(rows)] for rows, seed in drawn]
         transform = self.augmentation.on_picture(config.image_size, squash=config.fit == "squash")
         pictures = _OnDisk(self.source, transform)
         loader = DataLoader(
