@@ -1,0 +1,306 @@
+"""Learn from labels: embed, clean, augment, remember, compare, regularise."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dml.config import Part, Recipe
+from dml.data.batch import Batch
+from dml.errors import ConfigError, DataError
+from dml.losses import build_loss
+from dml.losses.pairs import IndicesTuple, share_label, unit_rows
+from dml.models.output import Output
+from dml.registry import construct, resolve
+from dml.training import METHODS, STAGES
+from dml.training.objective import Batches, Candidates, Objective, Progress
+
+
+class Supervised(Objective):
+    """A metric-learning loss, with optional stages between the model and the loss.
+
+    One step: the model embeds the batch; `clean` drops rows; `augment` and `memory` add candidates; the loss compares
+    the remaining rows with the batch and all candidates; regularisers add weighted terms; the batch is remembered.
+
+    Args:
+        loss: takes the call signature of `dml.losses`; foreign ones through `adapt`.
+        clean: (unit, labels, ids) -> (B,) bool, rows to trust.
+        augment: (raw, labels, ids) -> Candidates (raw), or None.
+        memory: () -> Candidates (unit), or None; and `add(unit, labels, ids)`.
+        regularizers: name -> module (field, labels) -> () tensor, where its attribute `reads` names a field of the
+            model's output ("unit" if it has none).
+        weights: name -> factor of that term in the sum; 1 where missing.
+
+    Terms returned, all scalars: "loss" (the sum, to minimise), "metric" (the loss proper), each regulariser by its
+    name (without its weight), and where such a stage is there: "kept" (share of rows trusted), "synthetic" and
+    "remembered" (numbers of candidates).
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        clean: nn.Module | None = None,
+        augment: nn.Module | None = None,
+        memory: nn.Module | None = None,
+        regularizers: Mapping[str, nn.Module] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss, self.clean, self.augment, self.memory = loss, clean, augment, memory
+        self.regularizers = nn.ModuleDict(dict(regularizers or {}))
+        self.weights = {name: 1.0 for name in self.regularizers} | dict(weights or {})
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if batch.labels is None:
+            raise DataError("Supervised training needs labels, and a batch came without any.")
+        output, labels, ids = model(batch.inputs), batch.labels, batch.ids
+        terms: dict[str, Tensor] = {}
+        keep = self.trusted(output, labels, batch)
+        if keep is not None:
+            output, labels, ids = output[keep], labels[keep], ids[keep]
+            terms["kept"] = keep.float().mean()
+        terms["metric"] = self.compare(output, labels, ids, terms)
+        total = terms["metric"]
+        for name, regularizer in self.regularizers.items():
+            terms[name] = regularizer(self.read(output, name, regularizer), labels)
+            total = total + self.weights[name] * terms[name]
+        if self.memory is not None and self.training:
+            self.memory.add(output.unit.detach(), labels, ids)  # type: ignore[operator]
+        return {"loss": total, **terms}
+
+    def trusted(self, output: Output, labels: Tensor, batch: Batch) -> Tensor | None:
+        """(B,) bool rows that are labelled and that the cleaner trusts; None: all, nobody asked."""
+        keep = batch.labelled
+        if self.clean is not None:
+            clean = self.clean(output.unit.detach(), labels, batch.ids)
+            keep = clean if keep is None else clean & keep
+        return keep
+
+    def compare(self, output: Output, labels: Tensor, ids: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        """The loss of the batch beside all its candidates, whose numbers are noted in `terms`."""
+        rows = output.raw if self.loss.takes == "raw" else output.unit
+        if not len(rows):
+            return rows.sum()  # nobody was trusted: 0, still connected to the model
+        parts = [Candidates(rows, labels, ids)]
+        if self.augment is not None:
+            synthetic = self.augment(output.raw, labels, ids)
+            terms["synthetic"] = rows.new_tensor(0 if synthetic is None else len(synthetic.ids))
+            if synthetic is not None:
+                unit = unit_rows(synthetic.embeddings).to(rows.dtype)
+                made = synthetic.embeddings.to(rows.dtype) if self.loss.takes == "raw" else unit
+                parts.append(synthetic._replace(embeddings=made))
+        if self.memory is not None:
+            remembered = self.memory()
+            terms["remembered"] = rows.new_tensor(0 if remembered is None else len(remembered.ids))
+            if remembered is not None:
+                parts.append(remembered._replace(embeddings=remembered.embeddings.to(rows.dtype)))
+        if len(parts) == 1:
+            return self.loss(rows, labels, ids=ids)
+        everyone, every_label, every_id = (torch.cat(column) for column in zip(*parts, strict=True))
+        if not self.loss.candidates:
+            return self.loss(everyone, every_label, ids=every_id)
+        return self.loss(rows, labels, None, everyone, every_label, ids=ids, ref_ids=every_id)
+
+    def read(self, output: Output, name: str, regularizer: nn.Module) -> Tensor:
+        """The field of the model's output that a regulariser looks at."""
+        field = getattr(regularizer, "reads", "unit")
+        value = getattr(output, field)
+        if value is None:
+            raise ConfigError(
+                f'The regulariser "{name}" reads the model\'s {field}, and this model makes none; '
+                f'for the attention set model.attention to "branch" or "gate".'
+            )
+        return value
+
+    def stages(self) -> Iterator[nn.Module]:
+        """The loss, the stages and the regularisers that are there."""
+        optional = (self.loss, self.clean, self.augment, self.memory)
+        yield from (stage for stage in optional if stage is not None)
+        yield from self.regularizers.values()
+
+    def before_epoch(self, model: nn.Module, batches: Batches, progress: Progress) -> None:
+        for stage in self.stages():
+            if hasattr(stage, "before_epoch"):
+                stage.before_epoch(model, batches, progress)
+
+    def after_step(self, model: nn.Module, progress: Progress) -> None:
+        for stage in self.stages():
+            if hasattr(stage, "after_step"):
+                stage.after_step(model, progress)
+
+
+Kind = Literal["ours", "pairs", "classes", "listwise"]
+
+
+class Adapter(nn.Module):
+    """Gives a loss from elsewhere the call signature of ours.
+
+    Args:
+        loss: the foreign module.
+        kind: how it is called:
+            "pairs" takes candidates, and gets its pairs as an `indices_tuple` made from labels and ids;
+            "classes" compares with proxies or class weights of its own; synthetic rows reach it as samples;
+            "listwise" compares the rows of one batch with each other, and is told nothing else.
+    """
+
+    def __init__(self, loss: nn.Module, kind: Kind) -> None:
+        super().__init__()
+        self.loss, self.kind = loss, kind
+        self.candidates = kind == "pairs"
+        self.takes = "raw" if kind == "classes" else "unit"
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        ref_ids: Tensor | None = None,
+    ) -> Tensor:
+        if labels.ndim != 1:
+            raise DataError(
+                f"{type(self.loss).__name__} needs one class per image, got labels {tuple(labels.shape)}; "
+                f"with several labels per image use one of our pair losses."
+            )
+        # pytorch-metric-learning casts its proxies to the embeddings' type for good: never to half precision.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+            if self.kind != "pairs":
+                value = self.loss(embeddings, labels)
+            else:
+                if indices_tuple is None:
+                    indices_tuple = all_pairs(labels, ref_labels, ids, ref_ids)
+                if ref_emb is not None:
+                    ref_emb = ref_emb.to(embeddings.dtype)
+                value = self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        # A loss that finds nothing to compare may return a bare 0; the optimiser needs a gradient all the same.
+        return value if value.requires_grad else value + 0 * embeddings.sum()
+
+
+def all_pairs(
+    labels: Tensor, ref_labels: Tensor | None, ids: Tensor | None, ref_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(anchors, positives, anchors, negatives) of every pair of two different images."""
+    alone = ref_labels is None
+    same_label = share_label(labels, labels if ref_labels is None else ref_labels)
+    others = ids if alone else ref_ids
+    if ids is not None and others is not None:
+        same_image = ids[:, None] == others[None, :]
+    elif alone:
+        same_image = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    else:
+        same_image = torch.zeros_like(same_label)
+    a1, p = (same_label & ~same_image).nonzero(as_tuple=True)
+    a2, n = (~same_label & ~same_image).nonzero(as_tuple=True)
+    return a1, p, a2, n
+
+
+LIBRARY = "BaseMetricLossFunction"
+"""Base of pytorch-metric-learning's losses; recognised by name, so that the library is loaded only when used."""
+BY_PAIRS = frozenset({"GenericPairLoss", "TripletMarginLoss", "MarginLoss"})
+"""Its bases and losses that compare exactly the pairs of `indices_tuple`. Others use it as weights, or not at all."""
+WITH_CLASSES = frozenset({"WeightRegularizerMixin", "P2SGradLoss"})
+"""Its bases and losses that hold proxies or class weights."""
+
+
+def adapt(loss: nn.Module) -> nn.Module:
+    """A loss with the call signature of ours: itself if it has it, else wrapped.
+
+    Ours are recognised by taking `ref_ids`; others with `ref_emb` are taken for pair losses in the manner of
+    pytorch-metric-learning, and anything else is called with (embeddings, labels) alone.
+    """
+    kind = kind_of(loss)
+    if kind != "ours":
+        return Adapter(loss, kind)
+    for name, value in (("takes", "unit"), ("candidates", True)):
+        if not hasattr(loss, name):
+            setattr(loss, name, value)
+    return loss
+
+
+def kind_of(loss: nn.Module) -> Kind:
+    """How a loss wants to be called; see `Adapter`."""
+    parameters = inspect.signature(loss.forward).parameters
+    bases = {base.__name__ for base in type(loss).__mro__}
+    if "ref_ids" in parameters:
+        return "ours"
+    if LIBRARY in bases:
+        return "classes" if bases & WITH_CLASSES else "pairs" if bases & BY_PAIRS else "listwise"
+    return "pairs" if "ref_emb" in parameters else "listwise"
+
+
+def build_objective(recipe: Recipe, *, num_classes: int, dim: int, channels: int) -> Objective:
+    """Make the objective of a recipe.
+
+    Args:
+        recipe: its `method`, `loss`, stages and `train.seed`.
+        num_classes: classes of the training split.
+        dim: length of the model's embedding.
+        channels: channels of the model's feature map.
+
+    Raises:
+        ConfigError: an unknown name or argument, or parts that cannot work together, with the reason.
+    """
+    build = resolve("method", recipe.method.name, METHODS)
+    return build(recipe, num_classes=num_classes, dim=dim, channels=channels, **recipe.method.args)
+
+
+def build_supervised(recipe: Recipe, *, num_classes: int, dim: int, channels: int) -> Supervised:
+    """Make the supervised objective of a recipe; see `build_objective`."""
+    loss = adapt(build_loss(recipe.loss, num_classes=num_classes, dim=dim))
+    refuse_impossible(recipe, loss)
+    context = {
+        "num_classes": num_classes,
+        "dim": dim,
+        "channels": channels,
+        "seed": recipe.train.seed,
+    }
+
+    def stage(section: str, part: Part | None) -> nn.Module | None:
+        if part is None:
+            return None
+        return construct(f"{section} stage", part.name, part.args, STAGES[section], context)
+
+    regularizers = {
+        name: construct("regulariser", name, term.args, STAGES["regularizers"], context)
+        for name, term in recipe.regularizers.items()
+    }
+    return Supervised(
+        loss,
+        clean=stage("clean", recipe.clean),
+        augment=stage("augment", recipe.augment),
+        memory=stage("memory", recipe.memory),
+        regularizers=regularizers,
+        weights={name: term.weight for name, term in recipe.regularizers.items()},
+    )
+
+
+def refuse_impossible(recipe: Recipe, loss: nn.Module) -> None:
+    """Raise ConfigError for a loss and stages that cannot work together, and say why."""
+    name, kind = recipe.loss.name, getattr(loss, "kind", "ours")
+    with_classes = kind == "classes" or (kind == "ours" and not loss.candidates)
+    takers = "one of multi_similarity, contrastive_bayesian, contrastive, triplet"
+    if recipe.memory is not None and not loss.candidates:
+        reason = (
+            "it compares images with its own class weights, which already remember every class"
+            if with_classes
+            else "it ranks one batch within itself and takes no further candidates"
+        )
+        raise ConfigError(
+            f'The loss "{name}" cannot use a memory: {reason}. Remove [memory], or take a loss that compares '
+            f"pairs: {takers}."
+        )
+    if recipe.augment is not None and not loss.candidates and not with_classes:
+        raise ConfigError(
+            f'The loss "{name}" cannot use [augment]: it ranks one batch within itself, so synthetic rows would '
+            f"become anchors, and positives of their own image. Remove [augment], or take a loss that compares "
+            f"pairs: {takers}; or one with proxies or class weights."
+        )
+    negative = {n: t.weight for n, t in recipe.regularizers.items() if t.weight < 0}
+    if negative:
+        raise ConfigError(f"Weights of regularisers must be at least 0, got {negative}.")
