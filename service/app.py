@@ -1,0 +1,142 @@
+"""The FastAPI application: the engine, wrapped in HTTP.
+
+`create_app(engine)` takes what it needs. There are no global settings, so a test builds an app in one line.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from dml import __version__
+from dml.errors import DmlError
+from service import problems, schemas
+from service.batching import WorkerPool
+from service.engine import Engine
+from service.metrics import Metrics
+from service.middleware import Envelope
+from service.routes import ROUTERS
+from service.settings import Settings
+
+DESCRIPTION = (
+    "What looks like this? Collections of pictures, searched by example. Errors are RFC 9457 problems."
+)
+
+
+def create_app(
+    engine: Engine | Callable[[], Engine],
+    settings: Settings | None = None,
+    *,
+    on_ready: Callable[[Engine], None] = lambda engine: None,
+    on_failure: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        engine: the engine, or what makes it. It is then made in a thread after the start, while requests are
+            answered 503 "not-ready".
+        settings: limits and switches; left out, an engine's own, else the defaults.
+        on_ready: called once the engine is there.
+        on_failure: called when it cannot be made; without it, the service stays up and not ready.
+    """
+    ready = engine if isinstance(engine, Engine) else None
+    make = None if isinstance(engine, Engine) else engine
+    settings = settings or (ready.settings if ready else Settings())
+    pool = WorkerPool(settings.workers, settings.queue, deadline_seconds=settings.deadline_seconds)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(app, make, on_ready, on_failure))
+        yield
+        await asyncio.shield(loading)  # a half-loaded engine cannot be closed; loading ends by itself
+        pool.close()
+        if app.state.engine is not None and make is not None:  # an engine that was given belongs to the giver
+            app.state.engine.close()
+
+    app = FastAPI(
+        title="dml",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.engine, app.state.settings, app.state.pool = None, settings, pool
+    app.state.metrics = metrics = Metrics(sizes=lambda: _sizes(app), pending=lambda: pool.taken)
+    app.state.methods = methods
+    if ready is not None:
+        _adopt(app, ready)
+    for router in ROUTERS:
+        app.include_router(router, responses=PROBLEM_RESPONSE)
+    for kind in (DmlError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, problems.handle)
+    app.add_middleware(Envelope, settings=settings, metrics=metrics)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def methods(path: str) -> list[str]:
+    """The methods that are offered at a path. The framework itself names those of one matching route only."""
+    matching = (
+        r for router in ROUTERS for r in router.routes if isinstance(r, Route) and r.path_regex.match(path)
+    )
+    return sorted({method for route in matching for method in route.methods or ()})
+
+
+async def _load(
+    app: FastAPI,
+    make: Callable[[], Engine] | None,
+    on_ready: Callable[[Engine], None],
+    on_failure: Callable[[BaseException], None] | None,
+) -> None:
+    try:
+        if make is not None:
+            _adopt(app, await asyncio.to_thread(make))
+        on_ready(app.state.engine)
+    except Exception as error:
+        if on_failure is None:
+            structlog.get_logger("service").exception("the collections cannot be loaded")
+        else:
+            on_failure(error)
+
+
+def _adopt(app: FastAPI, engine: Engine) -> None:
+    metrics: Metrics = app.state.metrics
+    engine.observers.stage = lambda stage, seconds: metrics.stages.labels(stage).observe(seconds)
+    engine.observers.batch = metrics.batches.observe
+    app.state.engine = engine
+
+
+def _sizes(app: FastAPI) -> dict[str, int]:
+    engine: Engine | None = app.state.engine
+    return {} if engine is None else {name: engine.count(name) for name in engine.names()}
+
+
+PROBLEM_RESPONSE: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": "A problem (RFC 9457)",
+        "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}},
+    }
+    for status in ("4XX", "5XX", 422)
+}
+"""Stands on every route. 422 by number too, or the framework would describe its own, which is never sent."""
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the bodies that routes read themselves."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        own = [m for m in vars(schemas).values() if isinstance(m, type) and issubclass(m, schemas.BaseModel)]
+        models = [(m, "validation") for m in own if m not in (schemas.BaseModel, schemas.Request)]
+        _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+        components = document.setdefault("components", {}).setdefault("schemas", {})
+        components.update(definitions["$defs"])
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,158 @@
+"""Two small machines that keep the service upright under load: a bounded pool and a micro-batcher.
+
+The pool keeps blocking work off the event loop, and refuses more than it can hold instead of growing. The
+batcher lets requests that wait for an encoder at the same moment share one call of it; alone, a request never
+waits for company.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dml.errors import DmlError
+
+T = TypeVar("T")
+
+
+class QueueFull(DmlError):
+    """Every thread is busy and as many requests wait as may wait."""
+
+
+class DeadlineExceeded(DmlError):
+    """The answer took longer than a request may take."""
+
+
+class WorkerPool:
+    """Runs blocking calls in threads, and takes `workers` + `waiting` of them at a time.
+
+    Args:
+        workers: threads.
+        waiting: calls that may wait for a thread.
+        deadline_seconds: how long one caller waits, queue included.
+    """
+
+    def __init__(self, workers: int, waiting: int, *, deadline_seconds: float = 30.0) -> None:
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="dml-service")
+        self._capacity = workers + waiting
+        self._deadline = deadline_seconds
+        self._lock = threading.Lock()
+        self._taken = 0
+
+    @property
+    def taken(self) -> int:
+        """Calls that run or wait now."""
+        return self._taken
+
+    async def run(self, task: Callable[[], T]) -> T:
+        """The result of `task()`, computed in a thread.
+
+        Raises:
+            QueueFull: at once, when the pool is full.
+            DeadlineExceeded: when it takes too long. A call that still waits is dropped; one that runs cannot
+                be stopped and keeps its thread until it ends.
+        """
+        with self._lock:
+            if self._taken >= self._capacity:
+                raise QueueFull(
+                    f"{self._taken} requests are already running or waiting; try again in a moment"
+                )
+            self._taken += 1
+        try:
+            future = self._executor.submit(task)
+        except BaseException:
+            self._release(None)
+            raise
+        future.add_done_callback(self._release)
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            if future.done() and not future.cancelled():
+                raise  # the task's own
+            raise DeadlineExceeded(f"no answer within {self._deadline:g} seconds") from None
+
+    def _release(self, _: Future[Any] | None) -> None:
+        with self._lock:
+            self._taken -= 1
+
+    def close(self) -> None:
+        """Finish what runs and forget what waits."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Batcher:
+    """Joins rows from several threads into one call of `function`.
+
+    One thread of its own takes a row, then all others that are waiting (up to `max_batch`), and calls the
+    function once. While it works the next ones gather, so batches grow with the load and a lone row is never
+    delayed.
+
+    Args:
+        function: (N, …) rows -> (N, …) rows, in the same order.
+        max_batch: most rows of one call.
+        observe: called with the size of every batch.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[NDArray[Any]], NDArray[Any]],
+        *,
+        max_batch: int = 16,
+        observe: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self._function, self._max_batch, self._observe = function, max_batch, observe
+        self._waiting: queue.SimpleQueue[tuple[NDArray[Any], Future[NDArray[Any]]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._closing = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="dml-batcher", daemon=True)
+        self._thread.start()
+
+    def __call__(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """The function's result for these rows (N, …); blocks until it is there."""
+        futures: list[Future[NDArray[Any]]] = [Future() for _ in rows]
+        with self._closing:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            for row, future in zip(rows, futures, strict=True):
+                self._waiting.put((row, future))
+        return np.stack([future.result() for future in futures])
+
+    def close(self) -> None:
+        """Finish what waits, then stop."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._waiting.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            batch, last = [first], False
+            while len(batch) < self._max_batch and not self._waiting.empty():
+                entry = self._waiting.get()
+                if entry is None:
+                    last = True
+                    break
+                batch.append(entry)
+            self._answer(batch)
+            if last:
+                return
+
+    def _answer(self, batch: list[tuple[NDArray[Any], Future[NDArray[Any]]]]) -> None:
+        try:
+            results = self._function(np.stack([row for row, _ in batch]))
+        except Exception as error:
+            for _, future in batch:
+                future.set_exception(error)
+            return
+        self._observe(len(batch))
+        for (_, future), result in zip(batch, results, strict=True):
+            future.set_result(result)

@@ -1,0 +1,139 @@
+"""What wraps every request: its id, its path, the size guard, security headers, log line and count."""
+
+import re
+import time
+import uuid
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import Metrics
+from service.problems import Problem, problem_of, respond
+from service.settings import Settings
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+"""On every answer; the page sets a policy of its own."""
+
+
+class Envelope:
+    """Our outermost layer. Whatever happens inside, the answer leaves with an id, and errors as problems."""
+
+    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self.log = structlog.get_logger("service")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state.update(request_id=request_id, problem=None)
+        status: list[int] = []
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status.append(message["status"])
+                outgoing = MutableHeaders(raw=message.setdefault("headers", []))
+                outgoing["X-Request-Id"] = request_id
+                for name, value in SAFE_HEADERS.items():
+                    outgoing.setdefault(name, value)
+            await send(message)
+
+        try:
+            scope["path"] = single_segments(scope)
+            guard = BodyGuard(receive, headers, limit=self.settings.max_body_bytes)
+            await self.app(scope, guard, send_marked)
+        except Exception as error:
+            problem = problem_of(error)
+            state["problem"] = problem.slug
+            if problem.status_code >= 500:
+                self.log.exception("request failed", request_id=request_id, path=scope["path"])
+            if status:
+                raise  # the answer has begun; all that is left is to cut it off
+            await respond(problem, instance=scope["path"], request_id=request_id)(scope, receive, send_marked)
+        finally:
+            self._account(scope, status, time.perf_counter() - started)
+
+    def _account(self, scope: Scope, status: list[int], seconds: float) -> None:
+        """Count the request and write its line."""
+        state = scope["state"]
+        route = getattr(scope.get("route"), "path", "unmatched")
+        code = str(status[0]) if status else "aborted"
+        self.metrics.requests.labels(scope["method"], route, code).observe(seconds)
+        if state["problem"] is not None:
+            self.metrics.problems.labels(state["problem"]).inc()
+        quiet = route in ("/livez", "/readyz", "/healthz", "/metrics")
+        client = scope.get("client")
+        (self.log.debug if quiet else self.log.info)(
+            "request",
+            method=scope["method"],
+            path=scope["path"],
+            status=code,
+            ms=round(1000 * seconds, 1),
+            request_id=state["request_id"],
+            client=client[0] if client else None,
+            **({"problem": state["problem"]} if state["problem"] else {}),
+        )
+
+
+class BodyGuard:
+    """A `receive` that stops a body as soon as it is longer than allowed, declared or not.
+
+    Raises:
+        Problem: "image-too-large" for uploads, "body-too-large" for the rest; before a byte is read when the
+            length was declared.
+    """
+
+    def __init__(self, receive: Receive, headers: Headers, *, limit: int) -> None:
+        self._receive, self._limit, self._seen = receive, limit, 0
+        self._upload = headers.get("content-type", "").startswith(("multipart/", "image/"))
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            raise self._problem(f"{int(declared[:20]):,} bytes")
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._seen += len(message.get("body", b""))
+            if self._seen > self._limit:
+                raise self._problem("more")
+        return message
+
+    def _problem(self, given: str) -> Problem:
+        return Problem(
+            "image-too-large" if self._upload else "body-too-large",
+            f"A request may have {self._limit:,} bytes here; this one has {given}.",
+            limit=self._limit,
+        )
+
+
+def single_segments(scope: Scope) -> str:
+    """The path, decoded, but with "%" and "/" inside a segment still written as %25 and %2F.
+
+    An id with a slash then stays one segment of the path, so that "shoes%2Fimage" is an item and never the
+    picture of the item "shoes". `service.routes.parts.decoded` undoes the two.
+
+    Raises:
+        Problem: "malformed", for bytes that are not UTF-8.
+    """
+    raw: bytes | None = scope.get("raw_path")
+    if raw is None or b"%" not in raw:
+        return scope["path"]
+    try:
+        segments = [unquote_to_bytes(part).decode("utf-8") for part in raw.partition(b"?")[0].split(b"/")]
+    except UnicodeDecodeError:
+        raise Problem("malformed", "The path holds bytes that are not UTF-8.") from None
+    return "/".join(segment.replace("%", "%25").replace("/", "%2F") for segment in segments)

@@ -1,0 +1,110 @@
+"""Which collections and models there are."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from dml.collection.base import CollectionInfo
+from service.engine import Engine, Model
+from service.routes.parts import (
+    Limits,
+    Name,
+    Ready,
+    after_of,
+    answer,
+    cursor_of,
+    in_thread,
+    read_json,
+    refuse_filter,
+    takes,
+)
+from service.schemas import CollectionAnswer, CollectionsAnswer, CountAnswer, CountRequest, ModelsAnswer
+
+router = APIRouter(prefix="/v1", tags=["collections"])
+
+
+@router.get("/models", response_model=ModelsAnswer)
+async def models(engine: Ready) -> Response:
+    """The encoders that answer here."""
+    return answer({"items": [model_answer(model) for model in engine.models()]})
+
+
+def model_answer(model: Model) -> dict[str, Any]:
+    """An encoder as the API shows it; how it was trained, as far as its manifest says."""
+    provenance = model.manifest.get("provenance") or {}
+    loss = provenance.get("loss")
+    if isinstance(loss, dict):
+        loss = loss.get("name")
+    trained_on = provenance.get("trained_on") or provenance.get("data")
+    return {
+        "id": model.fingerprint[:12],
+        "fingerprint": model.fingerprint,
+        "dim": model.dim,
+        "input_size": model.input_size,
+        "loss": None if loss is None else str(loss),
+        "trained_on": trained_on if isinstance(trained_on, str) else None,
+        "collections": list(model.collections),
+    }
+
+
+@router.get("/collections", response_model=CollectionsAnswer)
+async def collections(
+    request: Request,
+    engine: Ready,
+    cursor: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Response:
+    """The collections, by name."""
+    after = after_of(cursor)
+    names = [name for name in engine.names() if after is None or name > after]
+    shown = names[:limit]
+    items = await in_thread(request, lambda: [summary(engine, name) for name in shown])
+    return answer({"items": items, "next_cursor": cursor_of(shown[-1]) if len(names) > limit else None})
+
+
+def summary(engine: Engine, name: str) -> dict[str, Any]:
+    collection = engine.collection(name)
+    has_encoder = any(collection.fingerprint == model.fingerprint for model in engine.models())
+    return {
+        "name": name,
+        "count": len(collection),
+        "dim": collection.dim,
+        "metric": "cosine",
+        "model_fingerprint": collection.fingerprint,
+        "accepts": ["image", "id", "vector"] if has_encoder else ["id", "vector"],
+    }
+
+
+@router.post(
+    "/collections/{collection}/count", response_model=CountAnswer, openapi_extra=takes(json=CountRequest)
+)
+async def count(request: Request, engine: Ready, name: Name) -> Response:
+    """How many items there are."""
+    asked = await read_json(request, CountRequest)
+    engine.collection(name)
+    refuse_filter(asked.filter)
+    return answer({"count": await in_thread(request, lambda: engine.count(name)), "exact": True})
+
+
+@router.get("/collections/{collection}", response_model=CollectionAnswer)
+async def collection(request: Request, engine: Ready, settings: Limits, name: Name) -> Response:
+    """One collection: its size, index, encoder and measured recall."""
+    info, short = await in_thread(request, lambda: (engine.info(name), summary(engine, name)))
+    return answer(collection_answer(info, short, engine, read_only=settings.read_only))
+
+
+def collection_answer(
+    info: CollectionInfo, short: dict[str, Any], engine: Engine, *, read_only: bool
+) -> dict[str, Any]:
+    return short | {
+        "count": info.count,
+        "index": dict(info.index),
+        "threshold": None,
+        "measured_recall": info.measured_recall,
+        "generation": info.generation,
+        "pending": info.pending,
+        "bytes_on_disk": info.bytes_on_disk,
+        "capabilities": sorted(engine.collection(info.name).capabilities()),
+        "read_only": read_only,
+    }

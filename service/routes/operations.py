@@ -1,0 +1,84 @@
+"""For machines and operators: probes, metrics, what this service is, and what its problems mean."""
+
+from html import escape
+
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse, Response
+
+from dml import __version__
+from service.metrics import CONTENT_TYPE
+from service.problems import CATALOGUE, Problem
+from service.routes.parts import Limits, Ready, answer, in_thread
+from service.schemas import ReadyAnswer, RootAnswer
+
+router = APIRouter()
+
+
+@router.head("/livez", include_in_schema=False)
+@router.get("/livez", tags=["operations"], response_class=PlainTextResponse)
+async def livez() -> Response:
+    """The process answers."""
+    return PlainTextResponse("ok\n", headers={"Cache-Control": "no-store"})
+
+
+@router.head("/healthz", include_in_schema=False)
+@router.head("/readyz", include_in_schema=False)
+@router.get("/healthz", include_in_schema=False)
+@router.get("/readyz", tags=["operations"], response_model=ReadyAnswer)
+async def readyz(engine: Ready) -> Response:
+    """Collections and encoders are loaded; 503 until then."""
+    models = [model.fingerprint for model in engine.models()]
+    return answer({"status": "ready", "collections": engine.names(), "model": models})
+
+
+@router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Counters and latencies in the Prometheus text format."""
+    body = await in_thread(request, request.app.state.metrics.render)
+    return Response(body, media_type=CONTENT_TYPE, headers={"Cache-Control": "no-store"})
+
+
+@router.get("/v1", tags=["operations"], response_model=RootAnswer)
+async def root(settings: Limits) -> Response:
+    """What answers here, and how much it takes."""
+    names = (
+        "max_body_bytes",
+        "max_pixels",
+        "max_limit",
+        "max_window",
+        "max_searches",
+        "max_images",
+        "max_ids",
+        "max_payload_bytes",
+    )
+    limits = {name: getattr(settings, name) for name in names}
+    return answer({"name": "dml", "version": __version__, "limits": limits})
+
+
+@router.get("/problems/{slug}", include_in_schema=False)
+async def problem_page(slug: str) -> Response:
+    """What a type of problem means and what to do about it, for people."""
+    if slug not in CATALOGUE:
+        raise Problem(
+            "not-found", f"There is no problem type of this name. There is: {', '.join(CATALOGUE)}."
+        )
+    kind = CATALOGUE[slug]
+    page = f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(kind.title)}</title>
+<link rel="icon" href="../favicon.svg" type="image/svg+xml">
+<link rel="stylesheet" href="../web/page.css">
+<main class="document">
+<p class="document-kind">Problem <code>{kind.slug}</code> · HTTP {kind.status}</p>
+<h1>{escape(kind.title)}</h1>
+<p>{escape(kind.meaning)}</p>
+<h2>What to do</h2>
+<p>{escape(kind.remedy)}</p>
+</main>
+</html>
+"""
+    policy = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "max-age=3600"}
+    return Response(page, media_type="text/html", headers=headers)

@@ -1,0 +1,165 @@
+"""Start the service: check what was asked, bind, load, serve, stop in good order."""
+
+import ipaddress
+import logging
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+import structlog
+import uvicorn
+
+from dml.errors import ServiceError, UnknownCollection, UsageError
+from service.app import create_app
+from service.engine import Engine
+from service.settings import Settings
+
+GRACE_SECONDS = 20
+"""After SIGTERM, requests in flight have this long to end."""
+
+
+def serve(
+    paths: Sequence[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    runtime: str = "auto",
+    insecure: bool = False,
+    settings: Settings | None = None,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Serve collection folders until SIGINT or SIGTERM; requests in flight are finished first.
+
+    Args:
+        paths: collection folders.
+        host, port: where to listen; port 0 takes a free one.
+        runtime: "auto", "onnx" or "torch".
+        insecure: allow an address that other machines reach, although there are no keys.
+        announce: told one line when the service is ready.
+
+    Raises:
+        UsageError: no collections, or a public address without `insecure`.
+        ServiceError: the address is taken.
+        CollectionError, EncoderError: what is to be served cannot be opened.
+    """
+    settings = settings or Settings()
+    check_address(host, insecure=insecure)
+    check_paths(paths)
+    configure_logs(settings)
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    with bind(host, port) as listening:
+        address = address_of(listening)
+        app = create_app(
+            lambda: Engine.open(paths, runtime=runtime, settings=settings),
+            settings,
+            on_ready=lambda engine: announce(greeting(engine, address)),
+            on_failure=fail,
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+                lifespan="on",
+            )
+        )
+        with suppress(KeyboardInterrupt):  # uvicorn has finished in order and passes the signal on
+            server.run(sockets=[listening])
+    if failures:
+        raise failures[0]
+
+
+def check_address(host: str, *, insecure: bool) -> None:
+    """Refuse an address that other machines reach. Raises UsageError."""
+    if insecure or is_loopback(host):
+        return
+    raise UsageError(
+        f"Refusing to listen on {host}: other machines could read and change the collections without a key. "
+        f"Use --host 127.0.0.1 with an authenticating proxy in front, or say --insecure on a trusted network."
+    )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_paths(paths: Sequence[Path]) -> None:
+    """Fail before binding when a folder is not there. Raises UsageError, UnknownCollection."""
+    if not paths:
+        raise UsageError("Name at least one collection folder to serve. `dml index build` makes one.")
+    for path in paths:
+        if not path.is_dir():
+            raise UnknownCollection(f"There is no collection folder {path}. `dml index build` makes one.")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ServiceError when the address is taken or not ours."""
+    bare = host.strip("[]")
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    try:
+        return socket.create_server((bare, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ServiceError(
+            f"Cannot listen on {host}:{port}: {reason}. Choose another with --port (0 takes a free one)."
+        ) from None
+
+
+def address_of(listening: socket.socket) -> str:
+    """The address to open in a browser."""
+    host, port = listening.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def greeting(engine: Engine, address: str) -> str:
+    """The one line that says where, and what."""
+    shown = [f"{name} ({engine.count(name):,} items)" for name in engine.names()]
+    return f"Serving {', '.join(shown)} at {address} (Ctrl-C stops)"
+
+
+def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
+    """Log lines to stderr: plain on a terminal, JSON elsewhere, unless the settings say which."""
+    target: TextIO = stream or sys.stderr
+    plain = settings.log_format == "plain" or (settings.log_format == "auto" and target.isatty())
+    shared = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last = (
+        [structlog.dev.ConsoleRenderer(colors=target.isatty())]
+        if plain
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(target),
+        cache_logger_on_first_use=False,
+    )
+    bridge = logging.StreamHandler(target)  # what uvicorn says, in the same shape
+    bridge.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processors=[*_DROP, *last], foreign_pre_chain=shared)
+    )
+    for name in ("uvicorn", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = ([bridge], False) if name == "uvicorn" else ([], True)
+        logger.setLevel(logging.WARNING)
+
+
+_DROP = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]

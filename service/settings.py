@@ -1,0 +1,66 @@
+"""What an operator may set, and the limits that protect the service. Defaults live here and nowhere else."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from dml.errors import ConfigError
+
+MEBIBYTE = 1024 * 1024
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: less than the machine has, inside a container with a CPU set."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and switches of one service.
+
+    Raises:
+        ConfigError: for a limit that would let nothing through.
+    """
+
+    max_body_bytes: int = 16 * MEBIBYTE
+    """A request whose body is larger is answered 413 while it arrives; the rest is never kept."""
+    max_pixels: int = 64_000_000
+    """A picture with more is refused from its header alone, before any pixel is decoded."""
+    max_limit: int = 1000
+    """Hits or items in one answer."""
+    max_window: int = 10_000
+    """Largest limit + offset of a search; deeper pages are what cursors are for."""
+    max_searches: int = 32
+    """Searches in one batch request."""
+    max_images: int = 32
+    """Pictures in one embeddings request."""
+    max_ids: int = 1000
+    """Ids in one delete request, and examples (positive or negative) in one query."""
+    max_payload_bytes: int = 64 * 1024
+    """A payload as JSON in UTF-8."""
+    thumbnail_pixels: int = 384
+    """Longer side of the thumbnails that size=thumb answers with."""
+    workers: int = max(4, 2 * usable_cores())
+    """Threads that decode, embed and search. Twice the cores: half of them wait for the encoder's thread."""
+    queue: int = 128
+    """Requests that may wait for a thread; one more is answered 503 with Retry-After."""
+    deadline_seconds: float = 30.0
+    """A request that has not been answered by then is answered 504."""
+    max_batch: int = 16
+    """Pictures the encoder takes at once when several requests are waiting for it."""
+    read_only: bool = False
+    """Refuse every write with 403."""
+    log_format: Literal["auto", "plain", "json"] = "auto"
+    """auto: plain on a terminal, JSON lines elsewhere."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and value <= 0
+                and name != "queue"
+            ):
+                raise ConfigError(f"the service setting {name} must be above 0, got {value}")
+        if self.queue < 0:
+            raise ConfigError(f"the service setting queue must be at least 0, got {self.queue}")
