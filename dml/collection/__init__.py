@@ -1,0 +1,93 @@
+"""Live sets of images that can be searched: `create_collection`, `open_collection`. Importing this loads no engine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dml.collection.base import Collection, CollectionInfo, Hit, Item, NewItem, Picture, SearchResult
+
+if TYPE_CHECKING:
+    from dml.collection.local import LocalCollection
+
+__all__ = [
+    "Collection",
+    "CollectionInfo",
+    "Hit",
+    "Item",
+    "NewItem",
+    "Picture",
+    "SearchResult",
+    "create_collection",
+    "is_collection",
+    "open_collection",
+]
+
+
+def create_collection(
+    path: str | Path,
+    *,
+    dim: int,
+    fingerprint: str,
+    name: str | None = None,
+    index: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    roots: Mapping[str, str | Path] | None = None,
+    encoder_info: Mapping[str, Any] | None = None,
+    device: str = "auto",
+) -> "LocalCollection":
+    """An empty collection in a new folder, opened for writing.
+
+    Args:
+        path: a folder that does not exist yet, or is empty.
+        dim: length of its vectors.
+        fingerprint: of the encoder that makes them.
+        name: defaults to the folder's name.
+        index: "auto", or a key of `dml.index.KINDS`: what `build_index` makes when it is not told otherwise.
+        options: of that kind, see `dml.index.make_index`.
+        roots: name -> folder, for pictures that stay where they are.
+        encoder_info: kept in the manifest for people to read.
+        device: where the index runs: "auto", "cpu" or "cuda:N".
+
+    Raises:
+        CollectionError: the folder is not empty.
+        ConfigError: an unknown index kind.
+        StorageError: the disk is full or refuses.
+    """
+    from dml.collection.local import create_local
+
+    return create_local(
+        Path(path),
+        dim=dim,
+        fingerprint=fingerprint,
+        name=name,
+        index=index,
+        options=options or {},
+        roots=roots or {},
+        encoder_info=encoder_info or {},
+        device=device,
+    )
+
+
+def open_collection(
+    path: str | Path, *, read_only: bool = False, fingerprint: str | None = None, device: str = "auto"
+) -> "LocalCollection":
+    """Open the collection in a folder.
+
+    Args:
+        read_only: no lock is taken, any number may; changes of a writer elsewhere are followed.
+        fingerprint: of the encoder that will make the queries; refused when the collection was made by another.
+
+    Raises:
+        UnknownCollection: no collection there.
+        ModelMismatch: `fingerprint` is not the collection's.
+        CollectionLocked: somebody else writes to it.
+        DamagedFile: a manifest or catalogue that cannot be read, or of a newer version.
+    """
+    from dml.collection.local import LocalCollection
+
+    return LocalCollection(Path(path), read_only=read_only, fingerprint=fingerprint, device=device)
+
+
+def is_collection(path: str | Path) -> bool:
+    """Whether the folder looks like a local collection."""
+    return (Path(path) / "manifest.json").is_file() and (Path(path) / "catalog.sqlite").is_file()

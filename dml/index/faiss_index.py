@@ -80,7 +80,9 @@ def choose_device(device: str, kind: str, *, on_gpu: bool) -> str:
     if name != "cuda" or not (number or "0").isdigit():
         raise ConfigError(f'Unknown device "{device}". Known: auto, cpu, cuda:N.')
     if not on_gpu:
-        raise ConfigError(f'The index kind "{kind}" has no GPU form. Use device = "cpu", or another kind (ivf).')
+        raise ConfigError(
+            f'The index kind "{kind}" has no GPU form. Use device = "cpu", or another kind (ivf).'
+        )
     if not hasattr(import_faiss(), "StandardGpuResources"):
         raise MissingExtra(f'faiss with GPU support (asked for by device = "{device}")', "gpu")
     if int(number or 0) >= gpu_count():
@@ -231,7 +233,9 @@ class FaissIndex:
         self, hits: Hits, queries: Vectors, which: NDArray[np.int64], *, slots: NDArray[np.int64] | None
     ) -> None:
         """Answer these queries by comparing all that may be returned."""
-        found = self._compare(queries[which], hits.ids.shape[1], self.rows.living() if slots is None else slots)
+        found = self._compare(
+            queries[which], hits.ids.shape[1], self.rows.living() if slots is None else slots
+        )
         hits.ids[which], hits.scores[which] = found.ids, found.scores
 
     def _compare(self, queries: Vectors, k: int, slots: NDArray[np.int64]) -> Hits:
@@ -248,7 +252,9 @@ class FaissIndex:
         if exact:
             effort = max(effort, len(self.rows))
         parameters = self._parameters(fetch, effort, selector)
-        engine = self._flat_storage() if exact and not self.exact and self._has_flat_storage() else self._engine
+        engine = (
+            self._flat_storage() if exact and not self.exact and self._has_flat_storage() else self._engine
+        )
         if engine is not self._engine:
             parameters = self.faiss.SearchParameters(sel=selector) if selector is not None else None
         found = engine.search(queries, fetch, params=parameters)
@@ -276,7 +282,12 @@ class FaissIndex:
         """As on the CPU, but dead slots are fetched too and then hidden: GPU indexes take no selector."""
         dead = len(self.rows) - self.rows.live
         if fetch + dead > GPU_K_LIMIT:
-            log.info("index %s: %d neighbours exceed the GPU's %d; compared on the CPU", self.kind, fetch, GPU_K_LIMIT)
+            log.info(
+                "index %s: %d neighbours exceed the GPU's %d; compared on the CPU",
+                self.kind,
+                fetch,
+                GPU_K_LIMIT,
+            )
             return None
         if self._gpu is None:
             self._gpu = GpuCopy(self.faiss, self._engine, self.device)
@@ -355,7 +366,9 @@ class FaissIndex:
             return self.faiss.read_index(self.faiss.PyCallbackIOReader(give, READ_BLOCK))
         except RuntimeError as error:  # the bytes are what was written: another version of faiss wrote them
             reason = str(error).strip().splitlines()[-1]
-            raise DamagedFile(f"faiss {self.faiss.__version__} cannot read the saved index: {reason}") from error
+            raise DamagedFile(
+                f"faiss {self.faiss.__version__} cannot read the saved index: {reason}"
+            ) from error
 
 
 class GpuCopy:
@@ -466,7 +479,9 @@ class FaissIvfIndex(FaissIndex):
             self.faiss.IndexFlatIP(self.dim), self.dim, self.cells, self.faiss.METRIC_INNER_PRODUCT
         )
         engine.cp.spherical = True  # centroids of unit vectors, compared by inner product
-        engine.cp.min_points_per_centroid = 1  # cells_for keeps enough; a user's own number is the user's choice
+        engine.cp.min_points_per_centroid = (
+            1  # cells_for keeps enough; a user's own number is the user's choice
+        )
         engine.train(sample)
         engine.make_direct_map()
         return engine

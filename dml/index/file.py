@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
     Raises:
         StorageError: for every OSError on the way; `path` is then as it was.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{ASIDE}")
     try:
         with open(aside, "wb") as file:
             yield file

@@ -29,12 +29,16 @@ class FlatIndex:
 
     def __init__(self, dim: int, *, device: str = "auto") -> None:
         if device not in ("auto", "cpu"):
-            raise ConfigError(f'The index kind "flat" runs on the CPU, not on "{device}". For a GPU use faiss_flat.')
+            raise ConfigError(
+                f'The index kind "flat" runs on the CPU, not on "{device}". For a GPU use faiss_flat.'
+            )
         if dim < 1:
             raise ConfigError(f"an index needs vectors of at least 1 number, got dim {dim}")
         self.dim = dim
         self.rows = Rows()
-        self._buffer: Vectors = np.empty((0, dim), np.float32)  # grows by doubling; the first len(rows) rows count
+        self._buffer: Vectors = np.empty(
+            (0, dim), np.float32
+        )  # grows by doubling; the first len(rows) rows count
 
     def __len__(self) -> int:
         return self.rows.live

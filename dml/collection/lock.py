@@ -1,0 +1,58 @@
+"""One writer per collection, by an advisory lock that the system drops when its holder dies."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import BinaryIO
+
+from dml.errors import CollectionLocked, NotAvailable, StorageError
+
+
+class WriterLock:
+    """Held from construction to `release`, or until the process ends in whatever way.
+
+    Raises:
+        CollectionLocked: somebody else holds it (another process, or this one twice).
+        NotAvailable: this system has no flock.
+        StorageError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import fcntl
+        except ImportError:
+            raise NotAvailable(
+                "Writing to a collection needs flock, which this system does not have."
+            ) from None
+        try:
+            self._file: BinaryIO | None = open(path, "a+b")  # noqa: SIM115 - kept open as long as it is held
+        except OSError as error:
+            raise StorageError(f"{path} could not be opened: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = describe_holder(self._file)
+            self._file.close()
+            raise CollectionLocked(
+                f"The collection in {path.parent} is being written to by {holder}. "
+                f"Wait for it to end, stop it, or open the collection read-only."
+            ) from None
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        self._file.flush()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()  # closing drops the lock; the file stays, deleting it would race with the next holder
+            self._file = None
+
+
+def describe_holder(file: BinaryIO) -> str:
+    """Who wrote into the lock file."""
+    try:
+        file.seek(0)
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

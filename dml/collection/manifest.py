@@ -1,0 +1,71 @@
+"""manifest.json of a local collection: what it is, and what its index was built as."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dml.errors import DamagedFile, UnknownCollection
+from dml.index.file import written_aside
+
+FORMAT = 1
+FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a collection that is not an item of it."""
+
+    name: str
+    dim: int
+    fingerprint: str
+    created: str  # ISO 8601, UTC
+    metric: str = "cosine"
+    index: Mapping[str, Any] = field(default_factory=dict)
+    """What was asked for: {"kind": "auto" or a kind, "options": {...}}."""
+    built: Mapping[str, Any] = field(default_factory=dict)
+    """What the last build made: kind, sequence, count, seconds, measured recall; {} before the first."""
+    roots: Mapping[str, str] = field(default_factory=dict)
+    """name -> absolute path of a folder with referenced pictures."""
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    """About the encoder, for people."""
+    format: int = FORMAT
+
+    def with_(self, **changes: Any) -> "Manifest":
+        return replace(self, **changes)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put it into the folder in one step. Raises StorageError."""
+    with written_aside(folder / FILE) as file:
+        file.write((json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read it.
+
+    Raises:
+        UnknownCollection: there is none.
+        DamagedFile: not readable as one, or of a newer format.
+    """
+    path = folder / FILE
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnknownCollection(
+            f"There is no collection at {folder} (no {FILE} in it). "
+            f"`dml index build FOLDER --encoder RUN --out {folder}` makes one."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+        raise DamagedFile(f"{path} is not the manifest of a collection")
+    if tree["format"] > FORMAT:
+        raise DamagedFile(
+            f"{path} has format {tree['format']}, and this version of dml reads up to {FORMAT}; update dml to open it"
+        )
+    try:
+        return Manifest(**tree)
+    except TypeError as error:
+        raise DamagedFile(f"{path} is not the manifest of a collection: {error}") from None
