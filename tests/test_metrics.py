@@ -1,5 +1,6 @@
 """The figures of a retrieval: hand values, a slow reference, another library, and the rules they keep."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -34,7 +35,7 @@ def clouds(rng, *, classes, rows, dim=16, spread=0.6):
 
 
 def slow(queries, labels, gallery, gallery_labels, *, ids, gallery_ids):
-    """The definitions, a query at a time, by a full stable sort: first hit, AP@R, P@R (NaN: nothing relevant)."""
+    """The definitions, a query at a time, by a full sort: first hit, AP@R, P@R (NaN: nothing relevant)."""
     rows = []
     for query, label, own in zip(queries, labels, ids, strict=True):
         others = [j for j in range(len(gallery)) if gallery_ids[j] != own]
@@ -392,9 +393,8 @@ def test_memory_stays_far_below_a_full_matrix():
     pytest.importorskip("resource")
     script = textwrap.dedent(
         """
-        import os, resource
-        os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "2"  # each thread reserves
-        buffers import numpy as np
+        import resource
+        import numpy as np
         from dml import metrics
         rng = np.random.default_rng(0)
         metrics.retrieval_metrics(rng.normal(size=(300, 64)), np.arange(300) % 9)  # buffers and threads
@@ -410,7 +410,11 @@ def test_memory_stays_far_below_a_full_matrix():
             print("a full matrix does not fit")
         """
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    # Threads reserve address space for their buffers; one malloc arena and two BLAS threads keep that small.
+    few = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ, **few}
+    )
     assert done.stdout.split("\n")[:2] == ["20000", "a full matrix does not fit"], done.stderr
 
 
