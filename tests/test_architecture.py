@@ -77,7 +77,13 @@ def loads(statement: str) -> set[str]:
 
 
 HEAVY = {"torch", "faiss", "torchvision", "timm", "sklearn", "matplotlib", "onnxruntime"}
-LIGHT = ["import dml", "import dml.errors, dml.registry", "import dml.cli.main", "import dml.config", "import dml.imaging"]
+LIGHT = [
+    "import dml",
+    "import dml.errors, dml.registry",
+    "import dml.cli.main",
+    "import dml.config",
+    "import dml.imaging",
+]
 TORCH_FREE = [
     "import dml.metrics",
     "import dml.index",

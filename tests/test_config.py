@@ -31,7 +31,12 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
 def test_overrides_are_read_as_toml_and_else_as_text() -> None:
     recipe = load_recipe(
         "multi_similarity",
-        {"train.epochs": "3", "train.learning_rate": "1e-4", "model.trunk": "resnet18", "loss.args.beta": "40"},
+        {
+            "train.epochs": "3",
+            "train.learning_rate": "1e-4",
+            "model.trunk": "resnet18",
+            "loss.args.beta": "40",
+        },
     )
     assert recipe.train.epochs == 3
     assert recipe.train.learning_rate == pytest.approx(1e-4)

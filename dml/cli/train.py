@@ -7,18 +7,28 @@ import typer
 
 
 def train(
-    data: Annotated[str, typer.Argument(metavar="[DATA]", help="Folder, manifest or data set; else the recipe's.")] = "",
-    recipe: Annotated[str, typer.Option(help="A bundled recipe (dml list recipes) or a .toml file.")] = "multi_similarity",
+    data: Annotated[
+        str, typer.Argument(metavar="[DATA]", help="Folder, manifest or data set; else the recipe's.")
+    ] = "",
+    recipe: Annotated[
+        str, typer.Option(help="A bundled recipe (dml list recipes) or a .toml file.")
+    ] = "multi_similarity",
     out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: runs/RECIPE.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; may be repeated."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set train.seed=N.")] = None,
-    resume: Annotated[str, typer.Option(help="auto: go on where an interrupted run stopped. no: refuse.")] = "no",
+    resume: Annotated[
+        str, typer.Option(help="auto: go on where an interrupted run stopped. no: refuse.")
+    ] = "no",
     final: Annotated[
-        bool, typer.Option("--final", help="After selecting, train again on all classes for the chosen epochs.")
+        bool,
+        typer.Option("--final", help="After selecting, train again on all classes for the chosen epochs."),
     ] = False,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the effective recipe and stop.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the effective recipe and stop.")
+    ] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Learn an embedding from labelled pictures.
@@ -42,7 +52,9 @@ def train(
     if json_lines:
         import json
 
-        typer.echo(json.dumps({"run": str(folder), "encoder": str(finished.encoder), **vars(finished.standing)}))
+        typer.echo(
+            json.dumps({"run": str(folder), "encoder": str(finished.encoder), **vars(finished.standing)})
+        )
 
 
 def read_overrides(pairs: list[str], *, seed: int | None = None, source: str = "") -> dict[str, str]:
@@ -62,7 +74,7 @@ def read_overrides(pairs: list[str], *, seed: int | None = None, source: str = "
     return found
 
 
-def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False):  # noqa: ANN001, ANN201
+def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False):
     """Train with a progress bar on stderr; return the `Finished` event.
 
     Ctrl-C leaves the last checkpoint behind and says how to go on.
@@ -92,7 +104,9 @@ def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False): 
                     describe(console, event)
                     if task is not None:
                         bar.remove_task(task)
-                    task = bar.add_task("training", total=event.total_steps, completed=event.resumed_at, figures="")
+                    task = bar.add_task(
+                        "training", total=event.total_steps, completed=event.resumed_at, figures=""
+                    )
                 elif isinstance(event, Step):
                     loss = float(event.terms["loss"]) if event.number % 10 == 0 else loss
                     bar.update(task, completed=event.number, figures=f"loss {loss:.4f} {figures}")
@@ -114,7 +128,7 @@ def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False): 
     return finished
 
 
-def describe(console, event) -> None:  # noqa: ANN001
+def describe(console, event) -> None:
     """What the run stands on, in a few lines."""
     console.print(event.table.describe(), highlight=False)
     console.print(event.splits.describe(), highlight=False)

@@ -45,7 +45,9 @@ def write_aside(path: Path, write: Any) -> None:
         aside.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and "write" not in str(error).lower():
             raise
-        raise StorageError(f"{path} cannot be written: {error}. The file that was there before is untouched.") from None
+        raise StorageError(
+            f"{path} cannot be written: {error}. The file that was there before is untouched."
+        ) from None
 
 
 def save_checkpoint(
@@ -81,7 +83,9 @@ def load_checkpoint(
             f"The checkpoint {path} cannot be read: {first_line}. Delete it to start the run again."
         ) from None
     if state.get("format") != FORMAT:
-        raise DataError(f"The checkpoint {path} has format {state.get('format')}; this version reads {FORMAT}.")
+        raise DataError(
+            f"The checkpoint {path} has format {state.get('format')}; this version reads {FORMAT}."
+        )
     if state["recipe"] != recipe_digest:
         raise ConfigError(
             f"The checkpoint {path} was written by another recipe. Use the recipe.toml beside it, or another --out."

@@ -20,11 +20,11 @@ class Batches(Protocol):
         """Steps in an epoch."""
         ...
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterable[Batch]:
+    def epoch(self, number: int, *, start: int = 0) -> Iterable[Batch]:
         """The batches of one epoch, from step `start` on."""
         ...
 
-    def sweep(self, epoch: int) -> Iterable[Batch]:
+    def sweep(self, number: int) -> Iterable[Batch]:
         """Every training picture once, prepared as for training; for statistics of the whole set."""
         ...
 
@@ -76,9 +76,11 @@ def steps(
         begin = skipped if epoch == first_epoch else 0
         if begin == 0:  # an epoch entered in the middle has this behind it already
             objective.before_epoch(
-                model, lambda epoch=epoch: moved(batches.sweep(epoch), fabric), Progress(epoch, epochs, number, total)
+                model,
+                lambda epoch=epoch: moved(batches.sweep(epoch), fabric),
+                Progress(epoch, epochs, number, total),
             )
-        for batch in moved(batches.epoch(epoch, begin), fabric):
+        for batch in moved(batches.epoch(epoch, start=begin), fabric):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate(number / total)
             learner.train()

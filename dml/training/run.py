@@ -15,6 +15,7 @@ A run folder holds::
 import csv
 import hashlib
 import json
+import math
 import platform
 import random
 import time
@@ -30,7 +31,8 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
-from dml.config import Recipe, recipe_tree
+from dml.config import Recipe, TrainConfig, recipe_tree
+from dml.data.augment import build_augmentation
 from dml.data.images import ImageSource, batches_of, training_batches
 from dml.data.sampler import ClassBalancedSampler
 from dml.data.split import Splits, divide
@@ -127,7 +129,13 @@ class Fit:
     """One run: its parts, made in order, and the three things it does."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, *, resume: bool, everything: bool = False, stop_epoch: int | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        resume: bool,
+        everything: bool = False,
+        stop_epoch: int | None = None,
     ) -> None:
         config = recipe.train
         self.recipe, self.out, self.everything = recipe, out, everything
@@ -152,14 +160,21 @@ class Fit:
         mean, std = self.model.input_stats
         self.preprocess = Preprocess(size=recipe.data.image_size, fit=recipe.data.fit, mean=mean, std=std)
         self.source = ImageSource(records, classes=self.classes, config=recipe.data, mean=mean, std=std)
+        classes_per_batch, images_per_class = batch_shape(config, len(self.classes))
         sampler = ClassBalancedSampler(
             self.source.labels,
-            classes_per_batch=config.classes_per_batch,
-            images_per_class=config.images_per_class,
+            classes_per_batch=classes_per_batch,
+            images_per_class=images_per_class,
             steps_per_epoch=config.steps_per_epoch,
             seed=config.seed,
         )
-        self.batches = training_batches(self.source, sampler, recipe.data.augmentation, seed=config.seed)
+        self.batches = training_batches(
+            self.source,
+            sampler,
+            build_augmentation(recipe.data.augmentation),
+            seed=config.seed,
+            device=self.fabric.device,
+        )
         objective = build_objective(
             recipe, num_classes=len(self.classes), dim=self.model.dim, channels=self.model.channels
         )
@@ -170,7 +185,9 @@ class Fit:
         if resume and self.last.exists():
             self.standing = load_checkpoint(self.last, self.learner, self.optimizer, self.digest)
         self.bad: list[BadImage] = list(self.source.bad)
-        self.validation = None if everything else Validation(self.splits.validation, self.preprocess, recipe, self.bad)
+        self.validation = (
+            None if everything else Validation(self.splits.validation, self.preprocess, recipe, self.bad)
+        )
         self.write_description()
 
     def started(self) -> Started:
@@ -260,7 +277,9 @@ class Fit:
             image_size=self.recipe.data.image_size,
         )
         total = self.recipe.train.epochs * len(self.batches)
-        return Finished(encoder, self.standing, stopped_early=not self.everything and self.standing.step < total)
+        return Finished(
+            encoder, self.standing, stopped_early=not self.everything and self.standing.step < total
+        )
 
     def provenance(self) -> dict[str, Any]:
         figures = self.figures_of or {
@@ -347,7 +366,9 @@ class Log:
 
     def step(self, step: Step, seconds: float) -> None:
         terms = {name: round(float(term), 6) for name, term in step.terms.items()}
-        self.write({"step": step.number, "epoch": step.epoch, "learning_rate": step.learning_rate, **terms}, seconds)
+        self.write(
+            {"step": step.number, "epoch": step.epoch, "learning_rate": step.learning_rate, **terms}, seconds
+        )
         for name, value in terms.items():
             self.board.add_scalar(f"train/{name}", value, step.number)
         self.board.add_scalar("train/learning_rate", step.learning_rate, step.number)
@@ -383,6 +404,14 @@ def prepare_folder(out: Path, *, resume: bool, checkpoint: Path) -> None:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"The run folder {out} cannot be made: {error}") from None
+
+
+def batch_shape(config: TrainConfig, classes: int) -> tuple[int, int]:
+    """Classes and images of each in a batch: as asked, or all classes and more images where there are too few."""
+    if classes >= config.classes_per_batch:
+        return config.classes_per_batch, config.images_per_class
+    size = config.classes_per_batch * config.images_per_class
+    return classes, max(config.images_per_class, math.ceil(size / classes))
 
 
 def all_records(splits: Splits) -> tuple[Record, ...]:
