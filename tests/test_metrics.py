@@ -397,8 +397,8 @@ def test_memory_stays_far_below_a_full_matrix():
         import numpy as np
         from dml import metrics
         rng = np.random.default_rng(0)
-        metrics.retrieval_metrics(rng.normal(size=(300, 64)), np.arange(300) % 9)  # buffers and threads
-        exist now used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        metrics.retrieval_metrics(rng.normal(size=(300, 64)), np.arange(300) % 9)  # buffers exist now
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         limit = used + 700 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         points = rng.normal(size=(20_000, 64)).astype(np.float32)
