@@ -1,4 +1,4 @@
-"""Live sets of images that can be searched: `create_collection`, `open_collection`. Importing this loads no engine."""
+"""Live sets of images that can be searched. Importing this loads no engine."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +75,8 @@ def open_collection(
 
     Args:
         read_only: no lock is taken, any number may; changes of a writer elsewhere are followed.
-        fingerprint: of the encoder that will make the queries; refused when the collection was made by another.
+        fingerprint: of the encoder that will make the queries; refused when the collection was made by
+            another.
 
     Raises:
         UnknownCollection: no collection there.

@@ -1,8 +1,8 @@
 """What every collection does: images with ids and payloads, and search among them by vector.
 
-Two implementations are planned for one protocol: local (SQLite catalogue + index) and Milvus. What an implementation
-does not have, `capabilities()` does not name, and asking for it raises NotAvailable; it never answers approximately
-instead.
+Two implementations are planned for one protocol: local (SQLite catalogue + index) and Milvus. What an
+implementation does not have, `capabilities()` does not name, and asking for it raises NotAvailable; it never
+answers approximately instead.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,8 +35,8 @@ class Picture:
 class NewItem:
     """Something to add, or to replace under the same id.
 
-    Exactly one of `image` (bytes to be stored) and `file` (a path to refer to) may be given; neither makes an item
-    with a vector only.
+    At most one of `image` (bytes to be stored) and `file` (a path to refer to) may be given; neither makes an
+    item with a vector only.
     """
 
     id: str
@@ -93,7 +93,7 @@ class CollectionInfo:
     index: Mapping[str, Any]  # {"kind": ..., "exact": ..., "effort": ..., ...}
     measured_recall: float | None  # recall@10 of the index against exact search, when measured
     generation: int
-    pending: int  # changes that are in the catalogue but not yet in the main index (they are searched all the same)
+    pending: int  # changes not yet in the main index (they are searched all the same)
     bytes_on_disk: int
     manifest: Mapping[str, Any]
 

@@ -1,15 +1,15 @@
-"""The source of truth of a local collection: one SQLite file with ids, payloads, vectors and the change sequence.
+"""The source of truth of a local collection: ids, payloads, vectors and changes in one SQLite file.
 
 ::
 
     items    row (int64, never used twice) · id · sequence · payload JSON · picture columns · crc32
     vectors  row · float32 little-endian · crc32
     removed  row · sequence                  rows that are gone, for indexes that still hold them
-    state    sequence · horizon              the last change; `removed` is complete for changes after `horizon`
+    state    sequence · horizon              the last change; `removed` is complete after `horizon`
 
-A new vector is a new row, also under an old id: a row and its vector never change, so an index can hold rows and be
-brought up to date by "rows above the last one it knows" and "rows removed since". WAL and synchronous=FULL: a change
-is acknowledged after it is on the disk.
+A new vector is a new row, also under an old id: a row and its vector never change, so an index can hold rows
+and be brought up to date by "rows above the last one it knows" and "rows removed since". WAL and
+synchronous=FULL: a change is acknowledged after it is on the disk.
 """
 
 import json
@@ -52,7 +52,9 @@ CREATE INDEX items_stored ON items (picture_sha256) WHERE picture_kind = 'stored
 CREATE TABLE vectors (row INTEGER PRIMARY KEY, vector BLOB NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE removed (row INTEGER PRIMARY KEY, sequence INTEGER NOT NULL);
 CREATE INDEX removed_sequence ON removed (sequence);
-CREATE TABLE state (only INTEGER PRIMARY KEY CHECK (only = 1), sequence INTEGER NOT NULL, horizon INTEGER NOT NULL);
+CREATE TABLE state (
+    only INTEGER PRIMARY KEY CHECK (only = 1), sequence INTEGER NOT NULL, horizon INTEGER NOT NULL
+);
 INSERT INTO state VALUES (1, 0, 0);
 """
 
@@ -86,7 +88,7 @@ class Written(NamedTuple):
 
 
 class Catalog:
-    """Open catalogue. Reading is safe from several threads; writing goes through one connection and a lock."""
+    """Open catalogue. Several threads may read at once; writing goes through one connection and a lock."""
 
     def __init__(self, path: Path, *, dim: int, read_only: bool = False) -> None:
         self.path, self.dim, self.read_only = path, dim, read_only
@@ -112,7 +114,10 @@ class Catalog:
                 connection.execute("COMMIT")
             finally:
                 connection.close()
+        try:
             sync_folder(path.parent)
+        except OSError as error:
+            raise StorageError(f"{path} could not be written: {error.strerror or error}") from error
         return cls(path, dim=dim)
 
     # Connections
@@ -125,8 +130,8 @@ class Catalog:
             log = self.path.with_name(self.path.name + "-wal")
             if not read_only or os.access(self.path.parent, os.W_OK) or (log.exists() and log.stat().st_size):
                 raise
-            # WAL needs a shared-memory file beside the catalogue. In a folder that cannot be written nobody else
-            # writes either, so SQLite may read without one.
+            # WAL needs a shared-memory file beside the catalogue. In a folder that cannot be written nobody
+            # else writes either, so SQLite may read without one.
             self._frozen = True
             return self._open("ro")
 
@@ -376,8 +381,8 @@ def insert(db: sqlite3.Connection, change: Change, sequence: int) -> int:
     columns = (None,) * 4 if picture is None else (picture.kind, picture.sha256, picture.path, picture.root)
     values = (change.id, sequence, change.payload, *columns)
     cursor = db.execute(
-        "INSERT INTO items (id, sequence, payload, picture_kind, picture_sha256, picture_path, picture_root, crc) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO items (id, sequence, payload, picture_kind, picture_sha256, picture_path, picture_root, "
+        "crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (*values, item_crc((None, *values))),
     )
     blob = np.ascontiguousarray(change.vector, "<f4").tobytes()
@@ -425,12 +430,13 @@ def check_version(connection: sqlite3.Connection, path: Path) -> None:
         raise DamagedFile(f"{path} is not a catalogue of a collection")
     if version > VERSION:
         raise DamagedFile(
-            f"{path} has format {version}, and this version of dml reads up to {VERSION}; update dml to open it"
+            f"{path} has format {version}, and this version of dml reads up to {VERSION}; "
+            f"update dml to open it"
         )
 
 
 def migrate(path: Path) -> bool:
-    """Bring an older catalogue to this format, working on a copy that then takes its place; False: nothing to do.
+    """Bring an older catalogue to this format, on a copy that then takes its place. False: nothing to do.
 
     Raises:
         DamagedFile: newer, or older than anything known.
@@ -461,6 +467,7 @@ def migrate(path: Path) -> bool:
                 copy.close()
         finally:
             connection.close()  # the last connection: its log is folded in and deleted
+    try:
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         kept = path.with_name(f"{path.name}.format{version}")
@@ -468,6 +475,8 @@ def migrate(path: Path) -> bool:
         os.link(path, kept)  # the old one stays beside the new one
         os.replace(aside, path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(f"{path} could not be migrated: {error.strerror or error}") from error
     return True
 
 
@@ -493,5 +502,3 @@ def explained(path: Path) -> Iterator[None]:
                 f"make room (or fix the permissions) and try again."
             ) from error
         raise
-    except OSError as error:
-        raise StorageError(f"{path} could not be read or written: {error.strerror or error}") from error

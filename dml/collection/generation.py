@@ -1,7 +1,8 @@
 """What a search sees: the state of a collection at one change, never altered once made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,12 @@ class Snapshot(NamedTuple):
     index: VectorIndex
     sequence: int
     last_row: int  # the highest row ever used by then
+    measured: Mapping[str, Any] | None = None  # its recall, see measure.py
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The main index as it was built, the rows removed since hidden, and the rows added since in a flat one."""
+    """The main index as it was built, rows removed since hidden, rows added since in a flat one."""
 
     sequence: int
     base: Snapshot

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,12 +31,13 @@ from dml.collection.generation import Generation, Snapshot
 from dml.collection.lock import WriterLock
 from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import Manifest, read_manifest, write_manifest
-from dml.collection.measure import hold_out, measure_recall
+from dml.collection.measure import HeldOut, hold_out, measure_recall, training_sample
 from dml.collection.pictures import Pictures, make_folder
 from dml.errors import (
     CollectionError,
     ConfigError,
     DamagedFile,
+    DimensionMismatch,
     ImageNotKept,
     MissingExtra,
     ModelMismatch,
@@ -44,6 +45,7 @@ from dml.errors import (
     StorageError,
     UnknownItem,
     UsageError,
+    VectorError,
 )
 from dml.index import KINDS, choose_kind, load_index, make_index
 from dml.index.base import VectorIndex, Vectors, check_vectors
@@ -107,8 +109,8 @@ def check_kind(kind: str) -> None:
 class LocalCollection:
     """See `dml.collection.base.Collection`, and `dml.collection.open_collection` for the arguments.
 
-    Safe to use from several threads. A search sees one generation from start to end: it holds on to an immutable
-    state, and reads items in a transaction of the same moment. Writers make the next state and swap it in.
+    Safe to use from several threads. A search sees one generation from start to end: it holds on to an
+    immutable state and reads items in a transaction of the same moment. Writers swap the next state in.
     """
 
     def __init__(
@@ -168,9 +170,9 @@ class LocalCollection:
         """Refuse vectors of another encoder. None: the caller does not say. Raises ModelMismatch."""
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise ModelMismatch(
-                f"The collection in {self.path} was made by the encoder {self.fingerprint[:12]}, and this encoder is "
-                f"{fingerprint[:12]}: their vectors cannot be compared. Use the collection's own encoder "
-                f"({self.path / 'encoder'}), or build a collection with this one."
+                f"The collection in {self.path} was made by the encoder {self.fingerprint[:12]}, and this "
+                f"encoder is {fingerprint[:12]}: their vectors cannot be compared. Use the collection's own "
+                f"encoder ({self.path / 'encoder'}), or build a collection with this one."
             )
 
     def __len__(self) -> int:
@@ -179,8 +181,6 @@ class LocalCollection:
 
     def info(self) -> CollectionInfo:
         with self._moment() as (_, state):
-            built = self.manifest.built
-            measured = built.get("measured") or {}
             return CollectionInfo(
                 name=self.name,
                 count=len(state),
@@ -188,10 +188,10 @@ class LocalCollection:
                 metric=self.manifest.metric,
                 fingerprint=self.fingerprint,
                 index=state.main.describe(),
-                measured_recall=measured.get("recall_at_10"),
+                measured_recall=(state.base.measured or {}).get("recall_at_10"),
                 generation=state.sequence,
                 pending=state.pending,
-                bytes_on_disk=sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file()),
+                bytes_on_disk=bytes_below(self.path),
                 manifest=json.loads((self.path / MANIFEST).read_text(encoding="utf-8")),
             )
 
@@ -261,7 +261,7 @@ class LocalCollection:
             return len(written.removed)
 
     def update_payload(self, id: str, changes: Payload) -> Item:
-        """Merge into the payload (a None value removes the key). Raises UnknownItem, StorageError, ReadOnly."""
+        """Merge into the payload; None removes a key. Raises UnknownItem, StorageError, ReadOnly."""
         encode_payload(changes, id)
         with self._write() as state:
             sequence, item = self._catalog.merge_payload(id, changes)
@@ -271,7 +271,7 @@ class LocalCollection:
             return item
 
     def set_root(self, name: str, folder: str | Path) -> None:
-        """Say where the folder of referenced pictures called `name` is (now). Raises ReadOnly, StorageError."""
+        """Say where the referenced pictures of the root `name` are now. Raises ReadOnly, StorageError."""
         with self._write():
             roots = {**self.manifest.roots, name: str(Path(folder).absolute())}
             self._save_manifest(self.manifest.with_(roots=roots))
@@ -303,10 +303,13 @@ class LocalCollection:
         """(N, D) float32. Names the first vector that is not fit."""
         if not vectors:
             return np.empty((0, self.dim), np.float32)
-        shapes = {np.shape(v) for v in vectors}
-        if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-            for position, vector in enumerate(vectors):
-                check_vectors(np.reshape(vector, (1, -1)), self.dim, f"vector {position} of the batch")
+        for position, vector in enumerate(vectors):
+            if np.ndim(vector) != 1:
+                raise VectorError(
+                    f"vector {position} to add is an array of shape {np.shape(vector)}, not a row"
+                )
+            if len(vector) != self.dim:
+                raise DimensionMismatch(self.dim, len(vector), f"vector {position} to add")
         return check_vectors(np.stack(vectors), self.dim, "the vectors to add")
 
     def _take_picture(self, item: NewItem) -> Picture | None:
@@ -454,9 +457,8 @@ class LocalCollection:
             asked = self.manifest.index
         if kind is not None:
             check_kind(kind)
-        if options is None:
-            options = asked["options"] if kind in (None, asked["kind"]) else {}
-        wanted = {"kind": kind or asked["kind"], "options": dict(options)}
+        same: Mapping[str, Any] = asked["options"] if kind in (None, asked["kind"]) else {}
+        wanted = {"kind": kind or asked["kind"], "options": dict(same if options is None else options)}
         with self._building:
             base, built = self._build(wanted, measure=measure, seed=seed)
             with self._write(), self._catalog.reading() as db:
@@ -484,10 +486,10 @@ class LocalCollection:
             "seconds": round(time.monotonic() - started, 3),
             "measured": measured,
         }
-        note = {"sequence": sequence, "last_row": last, "fingerprint": self.fingerprint}
+        note = {"sequence": sequence, "last_row": last, "fingerprint": self.fingerprint, "measured": measured}
         index.save(self._snapshot_path(sequence), note=note)
         log.info("built %s over %d items in %.1f s", kind, count, built["seconds"])
-        return Snapshot(index, sequence, last), built
+        return Snapshot(index, sequence, last, measured), built
 
     def _snapshot_path(self, sequence: int) -> Path:
         return self.path / SNAPSHOTS / f"{sequence:012d}.index"
@@ -540,7 +542,7 @@ class LocalCollection:
                 index = load_index(path, device=self.device)
                 if index.dim != self.dim:
                     raise DamagedFile(f"{path} holds vectors of {index.dim} numbers, expected {self.dim}")
-                return Snapshot(index, note["sequence"], note["last_row"])
+                return Snapshot(index, note["sequence"], note["last_row"], note.get("measured"))
             except (DamagedFile, KeyError, ConfigError) as error:
                 log.warning("%s; passed over, nothing is lost: the catalogue has everything", error)
             except MissingExtra as error:
@@ -549,7 +551,7 @@ class LocalCollection:
         return None
 
     def _rebuilt(self, db: Any) -> Generation:
-        """No snapshot can be used, though there was one: make it again, or at least search what is there exactly."""
+        """No snapshot can be used, though there was one: make it again, or search exactly meanwhile."""
         if not self.read_only:
             log.warning("the index of %s is built again from the catalogue", self.path)
             try:
@@ -636,10 +638,8 @@ class LocalCollection:
         return []
 
 
-def fill(index: VectorIndex, db: Any, *, count: int, held: NDArray[np.int64], dim: int) -> "HeldOut":
+def fill(index: VectorIndex, db: Any, *, count: int, held: NDArray[np.int64], dim: int) -> HeldOut:
     """Add all rows of the catalogue to an index but the held-out ones, and return those."""
-    from dml.collection.measure import HeldOut, training_sample
-
     index.prepare(training_sample(db, count, dim=dim), count)
     rows, vectors = [np.empty(0, np.int64)], [np.empty((0, dim), np.float32)]
     for block_rows, block_vectors in sql.rows_after(db, 0, dim=dim, block=16_384):
@@ -648,6 +648,15 @@ def fill(index: VectorIndex, db: Any, *, count: int, held: NDArray[np.int64], di
         vectors.append(block_vectors[out])
         index.add(block_rows[~out], block_vectors[~out])
     return HeldOut(np.concatenate(rows), np.concatenate(vectors))
+
+
+def bytes_below(folder: Path) -> int:
+    """What the files of a folder take; files that come and go meanwhile may count or not."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def check_id(id: str) -> None:

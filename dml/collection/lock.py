@@ -44,7 +44,7 @@ class WriterLock:
 
     def release(self) -> None:
         if self._file is not None:
-            self._file.close()  # closing drops the lock; the file stays, deleting it would race with the next holder
+            self._file.close()  # drops the lock; the file stays, deleting it would race with the next holder
             self._file = None
 
 

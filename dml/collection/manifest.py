@@ -63,7 +63,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedFile(f"{path} is not the manifest of a collection")
     if tree["format"] > FORMAT:
         raise DamagedFile(
-            f"{path} has format {tree['format']}, and this version of dml reads up to {FORMAT}; update dml to open it"
+            f"{path} has format {tree['format']}, and this version of dml reads up to {FORMAT}; "
+            f"update dml to open it"
         )
     try:
         return Manifest(**tree)

@@ -19,8 +19,8 @@ class Pictures:
 
     ::
 
-        images/<first two of sha256>/<sha256>                the bytes as they came; flushed before their item is
-        thumbnails/<first two>/<sha256>-<size>.jpg           a cache; may be deleted at any time
+        images/<first two of sha256>/<sha256>         the bytes as they came; flushed before their item is
+        thumbnails/<first two>/<sha256>-<size>.jpg    a cache; may be deleted at any time
 
     Args:
         folder: of the collection.
@@ -36,7 +36,8 @@ class Pictures:
         """Keep these bytes; durable on return. Raises StorageError."""
         sha256 = hashlib.sha256(data).hexdigest()
         path = self._stored(sha256)
-        # A file of another length is what a crash of the machine may leave of a write that was never acknowledged.
+        # A file of another length is what a crash of the machine may leave of a write that was never
+        # acknowledged.
         if not path.exists() or path.stat().st_size != len(data):
             make_folder(path.parent)
             with written_aside(path) as file:

@@ -1,4 +1,4 @@
-"""Vectors in, nearest ids out: `make_index` by name, `load_index` from a file. Importing this loads no engine."""
+"""Vectors in, nearest ids out. Importing this loads no engine."""
 
 from collections.abc import Mapping
 from pathlib import Path

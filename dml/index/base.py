@@ -4,12 +4,13 @@
 - Ids are int64 and not negative: rows of a catalogue. A missing result has id -1 and score -inf.
 - Rows of a result are sorted best first; equal scores are ordered by id, so results are repeatable.
 - Parameters of a search travel with the call. An index has no search state to set.
-- A search returns min(k, how many may be returned) results: an approximate index may miss a true neighbour, but it
-  never comes back with fewer results than there are.
-- Scores are the float32 nearest to the true inner product, whichever engine found the candidates and however many
-  queries came at once; so equal vectors have equal scores everywhere, and results can be compared between backends.
-- One thread may write (add, remove) while nobody searches; any number of threads may search at once. `without` gives
-  a changed view and leaves the original as it is, so that searches under way are not disturbed.
+- A search returns min(k, how many may be returned) results: an approximate index may miss a true neighbour,
+  but it never comes back with fewer results than there are.
+- Scores are the float32 nearest to the true inner product, whichever engine found the candidates and however
+  many queries came at once; so equal vectors have equal scores everywhere, and results can be compared
+  between backends.
+- One thread may write (add, remove) while nobody searches; any number of threads may search at once.
+  `without` gives a changed view and leaves the original as it is: searches under way are not disturbed.
 """
 
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ class VectorIndex(Protocol):
         ...
 
     def prepare(self, sample: Vectors, count: int) -> None:
-        """Learn from a sample what is needed before the first add (IVF's cells), and make room for `count` rows.
+        """Learn from a sample what is needed before the first add (IVF's cells), and expect `count` rows.
 
         Optional: `add` on an unprepared index learns from the rows of the first call.
         """
@@ -69,8 +70,11 @@ class VectorIndex(Protocol):
         ...
 
     def without(self, ids: Ids) -> "VectorIndex":
-        """The same vectors with these ids removed, as a view: this index does not change, nothing is copied but a
-        mask. The view is for searching; while it is in use nothing may be added to the original."""
+        """The same vectors with these ids removed, as a view; this index does not change.
+
+        Only a mask is copied. The view is for searching; while it is in use nothing may be added to the
+        original.
+        """
         ...
 
     def search(

@@ -1,8 +1,8 @@
 """The kinds that faiss searches: flat, HNSW and IVF over inner products, on the CPU or (flat, IVF) on a GPU.
 
-faiss numbers its vectors 0, 1, 2, …; which id lives in which of these slots is kept here, so that all kinds have
-string-free int64 ids, removal (a dead slot that selectors skip; faiss's HNSW cannot delete) and views. Scores and the
-order of ties do not come from faiss: it proposes candidates, `ranking.rank` decides.
+faiss numbers its vectors 0, 1, 2, …; which id lives in which of these slots is kept here, so that all kinds
+have string-free int64 ids, removal (a dead slot that selectors skip; faiss's HNSW cannot delete) and views.
+Scores and the order of ties do not come from faiss: it proposes candidates, `ranking.rank` decides.
 """
 
 import logging
@@ -91,7 +91,7 @@ def choose_device(device: str, kind: str, *, on_gpu: bool) -> str:
 
 
 class FaissIndex:
-    """What the three kinds share. A kind says how its engine is made, and how effort becomes search parameters."""
+    """What the kinds share. Each says how its engine is made, and what effort means to it."""
 
     kind: ClassVar[str]
     exact: ClassVar[bool]
@@ -196,7 +196,7 @@ class FaissIndex:
         effort: int,
         exact: bool,
     ) -> Hits:
-        """Ask the engine for candidates until the order of the first k is decided; compare one by one what is not."""
+        """Ask the engine for candidates until the order of the first k is decided; compare what is not."""
         if slots is not None and not exact:
             effort = math.ceil(effort * len(self.rows) / count)  # most of what it meets will not be allowed
         hits = no_hits(len(queries), k)
@@ -321,7 +321,8 @@ class FaissIndex:
         trouble: list[BaseException] = []
 
         def take(data: bytes) -> None:
-            # An exception here would have to pass through C++: it is kept, and raised when faiss has returned.
+            # An exception here would have to pass through C++: it is kept, and raised when faiss is
+            # done.
             if not trouble:
                 try:
                     sink.write(data)
@@ -372,7 +373,7 @@ class FaissIndex:
 
 
 class GpuCopy:
-    """A copy of an index on one GPU. faiss's GPU resources serve one thread at a time, so searches queue up."""
+    """A copy of an index on one GPU. faiss's GPU resources serve one thread at a time: searches queue up."""
 
     def __init__(self, faiss: Any, engine: Any, device: str) -> None:
         self.number = int(device.partition(":")[2])
@@ -406,10 +407,13 @@ class FaissFlatIndex(FaissIndex):
 
 
 class FaissHnswIndex(FaissIndex):
-    """A graph of neighbours, walked towards the query. Approximate; 4 · D + 8 · links bytes per vector; CPU only.
+    """A graph of neighbours, walked towards the query. Approximate, CPU only.
+
+    Memory: 4 · D + 8 · links bytes per vector.
 
     Args:
-        links: neighbours kept per vector (twice that on the lowest level). More: better recall, memory, build time.
+        links: neighbours kept per vector (twice that on the lowest level). More: better recall, memory, build
+            time.
         build_effort: candidates examined per vector while building (efConstruction).
         effort: candidates examined per query (efSearch) when the search names none.
 
@@ -448,14 +452,17 @@ class FaissHnswIndex(FaissIndex):
 
 
 class FaissIvfIndex(FaissIndex):
-    """Vectors in cells around centroids; a search looks into the nearest cells. Approximate; 4 · D bytes per vector.
+    """Vectors in cells around centroids; a search looks into the nearest cells. Approximate.
+
+    Memory: 4 · D + 16 bytes per vector.
 
     Args:
         cells: how many; 0: from the number of vectors at the first add, see `cells_for`.
-        effort: cells looked into per query (nprobe) when the search names none; 0: a tenth of the cells, at least 16.
+        effort: cells looked into per query (nprobe) when the search names none; 0: a tenth of the cells, at
+            least 16.
 
-    The cells are learned from the sample of `prepare`, or from the first add. A collection that grows far beyond
-    that deserves a new build.
+    The cells are learned from the sample of `prepare`, or from the first add. A collection that grows far
+    beyond that deserves a new build.
     """
 
     kind = "ivf"

@@ -106,7 +106,14 @@ def write_index_file(
     note: Mapping[str, Any],
     sections: Mapping[str, Callable[[Sink], None]],
 ) -> None:
-    """Write an index file aside, flush it, and put it into place. `sections`: name -> writes its bytes to a sink."""
+    """Write an index file aside, flush it, and put it into place.
+
+    Args:
+        sections: name -> what writes its bytes to a sink.
+
+    Raises:
+        StorageError: the disk is full or refuses; `path` is then as it was.
+    """
     with written_aside(path) as file:
         file.write(bytes(PREFIX.size))
         table: dict[str, tuple[int, int, str]] = {}
@@ -155,7 +162,8 @@ def read_header(path: Path) -> Header:
     tree = json.loads(encoded)
     if tree["format"] > FORMAT:
         raise DamagedFile(
-            f"{path} has format {tree['format']}, and this version reads up to {FORMAT}; update dml to read it"
+            f"{path} has format {tree['format']}, and this version reads up to {FORMAT}; "
+            f"update dml to read it"
         )
     sections = {name: tuple(entry) for name, entry in tree["sections"].items()}
     return Header(tree["kind"], tree["dim"], tree["count"], tree["settings"], tree["note"], sections)  # type: ignore[arg-type]
@@ -193,7 +201,7 @@ def read_array(path: Path, header: Header, name: str, dtype: Any, shape: tuple[i
         raise DamagedFile(f"{path} is damaged: {name} holds {length} bytes, expected {array.nbytes}")
     with open(path, "rb") as file:
         file.seek(offset)
-        if length and file.readinto(memoryview(array).cast("B")) != length:
+        if length and file.readinto(memoryview(array.data).cast("B")) != length:
             raise DamagedFile(f"{path} is damaged: {name} is cut short")
     return array
 
@@ -203,6 +211,6 @@ def array_section(array: np.ndarray) -> Callable[[Sink], None]:
 
     def write(sink: Sink) -> None:
         if array.size:
-            sink.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+            sink.write(memoryview(np.ascontiguousarray(array).data).cast("B"))
 
     return write

@@ -1,4 +1,4 @@
-"""Exact search with numpy: every vector is compared. The reference that all other kinds are tested against."""
+"""Exact search with numpy: every vector is compared. The reference that other kinds are tested against."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,8 +81,8 @@ class FlatIndex:
     def extended(self, ids: Ids, vectors: Vectors) -> "FlatIndex":
         """A view with more rows; this index does not change.
 
-        The views share one buffer: each sees only its own first rows, and new ones are written behind them. So only
-        the newest view may be extended (one writer), while older ones go on answering.
+        The views share one buffer: each sees only its own first rows, and new ones are written behind them.
+        So only the newest view may be extended (one writer), while older ones go on answering.
         """
         twin = self._twin()
         twin.add(ids, vectors)

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from dml.index.base import Ids, Vectors
 
 ROUGH_ERROR = 4e-6
-"""How far an engine's float32 inner product of unit vectors may be from the true one (BLAS, SIMD, thousands of
-dimensions). Two candidates closer than this may change places when they are scored truly."""
+"""How far an engine's float32 inner product of unit vectors may be from the true one (BLAS, SIMD, thousands
+of dimensions). Two candidates closer than this may change places when they are scored truly."""
 
 SPARE = 6
 """Candidates fetched beyond k, so that places near the end of the list can be decided."""
@@ -60,7 +60,8 @@ def true_scores(
 ) -> Vectors:
     """(Q, F) inner products summed in float64, row by row: the same for the same pair wherever it stands.
 
-    BLAS sums in an order that depends on the place in the matrix, so equal vectors can differ in the last digit there.
+    BLAS sums in an order that depends on the place in the matrix, so equal vectors can differ in the last
+    digit there.
     """
     queries_count, fetched = slots.shape
     scores = np.full(slots.shape, -np.inf, np.float32)
