@@ -2,11 +2,12 @@
 
 Every loss is a module with that library's call signature plus ids::
 
-    (embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None, *, ids=None, ref_ids=None) -> () tensor
+    (embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None, *, ids=None, ref_ids=None) -> ()
+    tensor
 
 Ours say two things more, as class attributes: `takes` ("unit" or "raw" embeddings of the model's output), and
-`candidates` (whether `ref_emb` may hold rows besides the batch). The table holds import paths, so that listing it
-loads nothing.
+`candidates` (whether `ref_emb` may hold rows besides the batch). The table holds import paths, so that
+listing it loads nothing.
 """
 
 from importlib import import_module
@@ -64,7 +65,7 @@ DESCRIPTIONS = {
     "cosface": "softmax over cosines with a cosine margin (pytorch-metric-learning)",
     "circle": "pairs weighted by how far they are from their optimum (pytorch-metric-learning)",
     "margin": "pairs on either side of a boundary distance (pytorch-metric-learning)",
-    "lifted_structure": "generalised lifted structure: soft hardest pairs per anchor (pytorch-metric-learning)",
+    "lifted_structure": "soft hardest pairs per anchor, generalised (pytorch-metric-learning)",
     "nca": "neighbourhood component analysis over the batch (pytorch-metric-learning)",
     "nt_xent": "normalised temperature cross entropy, also known as InfoNCE (pytorch-metric-learning)",
     "supcon": "supervised contrastive: all positives against all others (pytorch-metric-learning)",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dml.losses.pairs import share_label
 
 EPSILON = 1e-12
-"""Inside the square root: equal attentions are the optimum of positives, and there a bare root has no gradient."""
+"""Inside the square root: equal attentions are the optimum of positives; a bare root has no slope there."""
 EXPLICIT = 2**24
 """Up to so many N·N·C differences are formed one by one; above, distances come from a product of matrices."""
 SATURATED = 0.02
@@ -26,24 +26,24 @@ class Correlation(NamedTuple):
 class ChannelCorrelation(nn.Module):
     """Make the channel attentions of one class alike, and those of different classes differ.
 
-    **The formula is a reconstruction.** The paper's idea is established (a squeeze-and-excitation attention per
-    image, Euclidean distances within the batch, alike in a class and unlike between classes); how the two distances
-    are combined is not, so several readings are offered and named.
+    **The formula is a reconstruction.** The paper's idea is established (a squeeze-and-excitation attention
+    per image, Euclidean distances within the batch, alike in a class and unlike between classes); how the two
+    distances are combined is not, so several readings are offered and named.
 
     With attentions a_i ∈ (0, 1)^C, over pairs of different images of one class (P) and of two classes (Q)::
 
         pair        intra                                 inter
-        "plain"     mean_P D_ij                           mean_Q D_ij,     D_ij = sqrt(|a_i - a_j|² + 1e-12) / √C
+        "plain"     mean_P D_ij                           mean_Q D_ij,  D_ij = sqrt(|a_i - a_j|² + 1e-12) / √C
         "squared"   mean_P |a_i - a_j|² / C               mean_Q |a_i - a_j|² / C          in O(N C)
         "center"    mean_i |a_i - ā_{y_i}| / √C           mean_{k<l} |ā_k - ā_l| / √C      in O(N C + K² C)
 
         form          value
         "difference"  intra - inter                       in (-1, 1), bounded on both sides
-        "ratio"       intra / (inter + 1e-6)              steep when all attentions coincide, as they do at the start
+        "ratio"       intra / (inter + 1e-6)              steep while all attentions coincide, as at the start
         "hinge"       max(0, margin + intra - inter)
 
-    The term is added to a loss with a small weight (0.1; at 1 most attentions saturate). It owns no parameters: the
-    attention is a part of the model. Never detach it, or only the side branch learns.
+    The term is added to a loss with a small weight (0.1; at 1 most attentions saturate). It owns no
+    parameters: the attention is a part of the model. Never detach it, or only the side branch learns.
 
     Args:
         form: how intra and inter are combined.
@@ -59,8 +59,8 @@ class ChannelCorrelation(nn.Module):
     Raises:
         ValueError: for an unknown form or pair, or shapes that do not match.
 
-    Source: Song et al., "Channel Correlation Loss", ICPR 2020, arXiv:2010.05469, as far as it could be established;
-    no code was released.
+    Source: Song et al., "Channel Correlation Loss", ICPR 2020, arXiv:2010.05469, as far as it could be
+    established; no code was released.
     """
 
     reads = "attention"
@@ -91,7 +91,8 @@ class ChannelCorrelation(nn.Module):
         """The two mean distances, and the share of attentions that have saturated."""
         if attention.ndim != 2 or labels.ndim not in (1, 2) or len(attention) != len(labels):
             raise ValueError(
-                f"expected attention (N, C) and N labels, got {tuple(attention.shape)} and {tuple(labels.shape)}"
+                f"expected attention (N, C) and N labels, "
+                f"got {tuple(attention.shape)} and {tuple(labels.shape)}"
             )
         with torch.autocast(attention.device.type, enabled=False):
             attention = attention if attention.dtype == torch.float64 else attention.float()
@@ -127,7 +128,7 @@ def pairwise_squares(rows: Tensor) -> Tensor:
 
 
 def means(distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over pairs of different rows that share a label, and over those that do not; 0 where there are none."""
+    """Mean over pairs of different rows that share a label, and over those that do not; 0 without any."""
     alike = share_label(labels, labels)
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     within, between = alike & ~itself, ~alike & ~itself
@@ -137,7 +138,7 @@ def means(distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_means(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(K, C) means and (K,) sizes of the classes present, and (N,) the place of each row's class among them."""
+    """(K, C) means and (K,) sizes of the classes present, and (N,) the place of each row's class there."""
     present, place = labels.unique(return_inverse=True)
     sizes = torch.bincount(place, minlength=len(present))
     sums = rows.new_zeros(len(present), rows.shape[1]).index_add(0, place, rows)

@@ -41,8 +41,8 @@ class ContrastiveLoss(nn.Module):
     Raises:
         ValueError: for an unknown measure or average, margins out of range, or shapes that do not match.
 
-    Source: Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006 (there squared);
-    this linear form and its averages as in pytorch-metric-learning.
+    Source: Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006 (there
+    squared); this linear form and its averages as in pytorch-metric-learning.
     """
 
     takes = "unit"

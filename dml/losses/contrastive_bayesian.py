@@ -16,11 +16,11 @@ LARGEST_EXPONENT = 80.0
 
 
 class ContrastiveBayesianLoss(nn.Module):
-    """Minus the log posterior odds of being right about each pair, and a constraint on the spread of negatives.
+    """Minus the log posterior of being right about each pair, and a constraint on the spread of negatives.
 
-    The likelihood ratio p(s | same class) / p(s | other class) of a similarity s is modelled as exponential in s, so
-    the posterior of "same class" is a logistic curve with a centre a and a scale b. For anchor i, with all positives
-    P⁰ (exact duplicates, s >= 1 - 1e-5, left out) and all negatives N⁰::
+    The likelihood ratio p(s | same class) / p(s | other class) of a similarity s is modelled as exponential
+    in s, so the posterior of "same class" is a logistic curve with a centre a and a scale b. For anchor i,
+    with all positives P⁰ (exact duplicates, s >= 1 - 1e-5, left out) and all negatives N⁰::
 
         P_i = {s ∈ P⁰ : s - m < max N⁰}          N_i = {s ∈ N⁰ : s + m > min P⁰}      hard pairs, margin m
 
@@ -35,19 +35,22 @@ class ContrastiveBayesianLoss(nn.Module):
 
         L = 1/B Σ_i (A_i + C_i + ω V_i)
 
-    An anchor without positives or negatives, or left without either by the mining, contributes 0, its V_i included;
-    the division is by the full batch. The gradient passes through ξ.
+    An anchor without positives or negatives, or left without either by the mining, contributes 0, its V_i
+    included; the division is by the full batch. The gradient passes through ξ.
 
     Args:
         positive_center, positive_scale: a⁺, b⁺ (> 0), cosine similarities.
-        negative_center, negative_scale: a⁻, b⁻ (> 0). At 0.01 only negatives within a few hundredths of a⁻ matter.
+        negative_center, negative_scale: a⁻, b⁻ (> 0). At 0.01 only negatives within a few hundredths of a⁻
+            matter.
         margin: m of the mining (>= 0), a cosine similarity.
-        variance_weight: ω (>= 0). 1 is released for pretrained trunks; from scratch 0.1 to 0.3 is a better start.
-        variance_reduction: "sum" as released, so that V grows with the number of negatives; "mean" divides by it,
-            which a candidate set much larger than the batch needs.
+        variance_weight: ω (>= 0). 1 is released for pretrained trunks; from scratch 0.1 to 0.3 is a better
+            start.
+        variance_reduction: "sum" as released, so that V grows with the number of negatives; "mean" divides by
+            it, which a candidate set much larger than the batch needs.
         positive_share: h in [0, 1]; released: 0.2 on CUB.
         form: outer function.
-        adaptive_negatives: mine negatives by the margin; False: the 100 most similar negatives of each anchor.
+        adaptive_negatives: mine negatives by the margin; False: the 100 most similar negatives of each
+            anchor.
         positive_weight, negative_weight: w⁺, w⁻ (>= 0), only for form="constant".
 
     Shapes:
@@ -61,8 +64,9 @@ class ContrastiveBayesianLoss(nn.Module):
     Raises:
         ValueError: for settings out of range, or shapes that do not match.
 
-    Source: Kan et al., "Contrastive Bayesian Analysis for Deep Metric Learning", TPAMI 2022, arXiv:2210.04402.
-    Follows the authors' released code; the logistic reading above is ours, the paper's derivation was not at hand.
+    Source: Kan et al., "Contrastive Bayesian Analysis for Deep Metric Learning", TPAMI 2022,
+    arXiv:2210.04402. Follows the authors' released code; the logistic reading above is ours, the paper's
+    derivation was not at hand.
     """
 
     takes = "unit"
@@ -86,12 +90,14 @@ class ContrastiveBayesianLoss(nn.Module):
         super().__init__()
         if positive_scale <= 0 or negative_scale <= 0:
             raise ValueError(
-                f"scales must be above 0, got positive_scale={positive_scale}, negative_scale={negative_scale}"
+                f"scales must be above 0, got positive_scale={positive_scale}, "
+                f"negative_scale={negative_scale}"
             )
         if min(margin, variance_weight, positive_weight, negative_weight) < 0:
             raise ValueError(
-                f"margin and weights must be at least 0, got margin={margin}, variance_weight={variance_weight}, "
-                f"positive_weight={positive_weight}, negative_weight={negative_weight}"
+                f"margin and weights must be at least 0, got margin={margin}, "
+                f"variance_weight={variance_weight}, positive_weight={positive_weight}, "
+                f"negative_weight={negative_weight}"
             )
         if not 0 <= positive_share <= 1:
             raise ValueError(f"positive_share must be between 0 and 1, got {positive_share}")
@@ -133,7 +139,7 @@ class ContrastiveBayesianLoss(nn.Module):
         return mean_over_batch(torch.where(counts, each, 0), len(embeddings))
 
     def mine(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """The hard positives and negatives of each anchor; anchors that lack either kind keep none of the other."""
+        """The hard positives and negatives of each anchor; those without one kind keep none of the other."""
         positive, negative = mine_hard(pairs.similarity, pairs.positive, pairs.negative, self.margin)
         if self.adaptive_negatives:
             return positive, negative

@@ -8,7 +8,7 @@ from dml.losses.pairs import IndicesTuple, check
 
 
 class CrossEntropyLoss(nn.Module):
-    """Minus the log of the softmax probability of the right class, from a linear classifier that the loss owns.
+    """Minus the log softmax probability of the right class, from a linear classifier that the loss owns.
 
     ::
 
@@ -27,8 +27,8 @@ class CrossEntropyLoss(nn.Module):
         returns: () float, at least 0; 0 for an empty batch.
 
     Raises:
-        ValueError: for settings out of range, multi-hot labels, or candidates: a classifier compares with its own
-            weights, so give synthetic rows as samples.
+        ValueError: for settings out of range, multi-hot labels, or candidates: a classifier compares with its
+            own weights, so give synthetic rows as samples.
     """
 
     takes = "raw"

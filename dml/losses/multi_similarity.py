@@ -34,8 +34,8 @@ class MultiSimilarityLoss(nn.Module):
     Raises:
         ValueError: for α or β not above 0, ε below 0, or embeddings and labels that do not match.
 
-    Source: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019,
-    arXiv:1904.06627. Equal to pytorch-metric-learning's loss with its miner.
+    Source: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR
+    2019, arXiv:1904.06627. Equal to pytorch-metric-learning's loss with its miner.
     """
 
     takes = "unit"

@@ -1,7 +1,8 @@
 """The one currency of pair losses: similarities, who is positive, who is negative, and who is no pair at all.
 
-A candidate with the anchor's id is never its pair, neither in mining nor in the sum. That one rule covers the pair of
-an image with itself, its own synthetic copies, a memory's older copy of it, and repeated rows of a batch.
+A candidate with the anchor's id is never its pair, neither in mining nor in the sum. That one rule covers the
+pair of an image with itself, its own synthetic copies, a memory's older copy of it, and repeated rows of a
+batch.
 """
 
 from typing import NamedTuple
@@ -37,8 +38,8 @@ def compare(
         embeddings: (B, D) anchors; rows need not be unit length, they are made so.
         labels: (B,) class ids, or (B, C) multi-hot.
         ref_emb, ref_labels: the whole candidate set, (N, D) and (N,) or (N, C); None: the batch itself.
-        ids, ref_ids: (B,) and (N,) image ids. Without them only the diagonal of the batch against itself is the
-            same image.
+        ids, ref_ids: (B,) and (N,) image ids. Without them only the diagonal of the batch against itself is
+            the same image.
 
     Returns:
         The similarities in float32 (float64 stays), also under autocast, and three (B, N) masks.
@@ -65,14 +66,23 @@ def compare(
             f"embeddings have {embeddings.shape[1]} columns and ref_emb {ref_emb.shape[1]}; they must agree"
         )
     similarity = cosine(embeddings, None if alone else ref_emb)
-    same_label = share_label(labels, ref_labels)
+    return Pairs(similarity, *relate(labels, None if alone else ref_labels, ids, ref_ids))
+
+
+def relate(
+    labels: Tensor, ref_labels: Tensor | None, ids: Tensor | None, ref_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Who is positive, negative, or the same image: (B, N) bools. Without ref_labels: the batch itself."""
+    alone = ref_labels is None
+    same_label = share_label(labels, labels if ref_labels is None else ref_labels)
+    ref_ids = ids if alone else ref_ids
     if ids is not None and ref_ids is not None:
         same_image = ids[:, None] == ref_ids[None, :]
     elif alone:
-        same_image = torch.eye(len(labels), dtype=torch.bool, device=same_label.device)
+        same_image = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     else:
         same_image = torch.zeros_like(same_label)
-    return Pairs(similarity, same_label & ~same_image, ~same_label & ~same_image, same_image)
+    return same_label & ~same_image, ~same_label & ~same_image, same_image
 
 
 def check(embeddings: Tensor, labels: Tensor, ids: Tensor | None, name: str) -> None:
@@ -87,9 +97,10 @@ def check(embeddings: Tensor, labels: Tensor, ids: Tensor | None, name: str) -> 
 
 
 def cosine(rows: Tensor, columns: Tensor | None = None) -> Tensor:
-    """(B, N) cosine similarities of (B, D) rows with (N, D) columns (None: the rows), never in half precision.
+    """(B, N) cosines of (B, D) rows with (N, D) columns (None: the rows), never in half precision.
 
-    At half precision a similarity near 1 is known to 5e-4 at best, which a temperature of 0.01 turns into noise.
+    At half precision a similarity near 1 is known to 5e-4 at best, which a temperature of 0.01 turns into
+    noise.
     """
     with torch.autocast(rows.device.type, enabled=False):
         left = unit_rows(rows)
@@ -100,8 +111,8 @@ def cosine(rows: Tensor, columns: Tensor | None = None) -> Tensor:
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows divided by their length, in float32 or float64; rows of zeros stay zero, with a finite gradient.
 
-    The largest entry is divided out first, so that no length overflows or vanishes. A unit vector does not depend on
-    its row's scale, so the gradient is exact with that factor held constant.
+    The largest entry is divided out first, so that no length overflows or vanishes. A unit vector does not
+    depend on its row's scale, so the gradient is exact with that factor held constant.
     """
     rows = rows if rows.dtype == torch.float64 else rows.float()
     if rows.shape[1] == 0:
@@ -134,7 +145,7 @@ def choose(pairs: Pairs, indices_tuple: IndicesTuple) -> Pairs:
 
 
 def count(pairs: Pairs, indices_tuple: IndicesTuple) -> tuple[Tensor, Tensor]:
-    """How often a miner chose each pair, as positive and as negative: two (B, N) tensors of the similarity's type.
+    """How often a miner chose each pair, as positive and as negative: two (B, N) tensors.
 
     A pair that takes part in several triplets counts several times.
     """
@@ -162,8 +173,8 @@ def as_pairs(indices_tuple: IndicesTuple) -> tuple[Tensor, Tensor, Tensor, Tenso
 def mine_hard(similarity: Tensor, positive: Tensor, negative: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """Keep pairs that are hard beside the anchor's hardest pair of the other kind.
 
-    Positives with s - margin < max negative, and negatives with s + margin > min positive. An anchor without pairs of
-    one kind keeps none of the other.
+    Positives with s - margin < max negative, and negatives with s + margin > min positive. An anchor without
+    pairs of one kind keeps none of the other.
 
     Args:
         similarity: (B, N); used for comparisons only, no gradient passes.
@@ -181,7 +192,7 @@ def mine_hard(similarity: Tensor, positive: Tensor, negative: Tensor, margin: fl
 
 
 def soft_total(logits: Tensor, keep: Tensor) -> Tensor:
-    """(B,) log(1 + Σ exp(logits)) over the kept columns of each row, without overflow; 0 for rows without any."""
+    """(B,) log(1 + Σ exp(logits)) over the kept columns of each row, without overflow; 0 without any."""
     logits = logits.masked_fill(~keep, float("-inf"))
     return torch.cat([logits.new_zeros(len(logits), 1), logits], dim=1).logsumexp(dim=1)
 

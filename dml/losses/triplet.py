@@ -35,7 +35,8 @@ class TripletLoss(nn.Module):
     Shapes:
         embeddings: (B, D) float; rows need not be unit length.
         labels: (B,) class ids, or (B, C) multi-hot for several labels per image.
-        indices_tuple: a miner's triplets, or pairs that are joined to all their triplets, instead of `mining`.
+        indices_tuple: a miner's triplets, or pairs that are joined to all their triplets, instead of
+            `mining`.
         ref_emb, ref_labels: the whole candidate set, (N, D) and (N,) or (N, C); None: the batch.
         ids, ref_ids: (B,) and (N,) image ids; a candidate with the anchor's id is never its pair.
         returns: () float, at least 0.
@@ -45,8 +46,8 @@ class TripletLoss(nn.Module):
     Raises:
         ValueError: for settings out of range, or shapes that do not match.
 
-    Source: Schroff et al., "FaceNet", CVPR 2015, arXiv:1503.03832. Equal to pytorch-metric-learning's loss with its
-    miners ("all": without one).
+    Source: Schroff et al., "FaceNet", CVPR 2015, arXiv:1503.03832. Equal to pytorch-metric-learning's loss
+    with its miners ("all": without one).
     """
 
     takes = "unit"

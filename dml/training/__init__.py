@@ -1,4 +1,4 @@
-"""Training: objectives, their stages, the loop and its run folder. The tables hold import paths and load nothing."""
+"""Training: objectives, stages, the loop, its run folder. The tables hold import paths, loading nothing."""
 
 METHODS = {
     "supervised": "dml.training.supervised:build_supervised",
@@ -21,7 +21,7 @@ MEMORIES = {
 REGULARIZERS = {
     "channel_correlation": "dml.losses.channel_correlation:ChannelCorrelation",
 }
-"""Terms: modules (field of the model's output, labels) -> () tensor; their attribute `reads` names the field."""
+"""Terms: modules (field of the model's output, labels) -> () tensor; their `reads` names the field."""
 
 STAGES = {
     "clean": CLEANERS,
@@ -35,5 +35,5 @@ DESCRIPTIONS = {
     "supervised": "method: a loss on labelled images, with any of the stages below",
     "intra_class": "augment: IAA, synthetic candidates with the measured variance of each class",
     "cross_batch": "memory: embeddings of past batches as further candidates (XBM)",
-    "channel_correlation": "regularizers: CC-Loss, one pattern of important channels per class (a reconstruction)",
+    "channel_correlation": "regularizers: CC-Loss, one pattern of channels per class (a reconstruction)",
 }

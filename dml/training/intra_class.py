@@ -25,12 +25,12 @@ class IntraClassAugmentation(nn.Module):
 
         ẑ_i^m = z_i + sqrt(λ Σ_k) ⊙ ε,     ε ~ N(0, 1)
 
-    centred on the image, not on its class. Synthetic rows are candidates only (never anchors), made unit length after
-    synthesis; the gradient passes through z_i, Σ is a constant. They carry their source's id, so an image never meets
-    its own copies.
+    centred on the image, not on its class. Synthetic rows are candidates only (never anchors), made unit
+    length after synthesis; the gradient passes through z_i, Σ is a constant. They carry their source's id, so
+    an image never meets its own copies.
 
-    Classes with few images have a poor Σ_k. With `neighbor_correction` it is mixed with that of classes whose mean
-    is near (K nearest donors N_k, of two images or more)::
+    Classes with few images have a poor Σ_k. With `neighbor_correction` it is mixed with that of classes whose
+    mean is near (K nearest donors N_k, of two images or more)::
 
         D_m(i, k) = |μ_i² - μ_k²|        D_cv(i, k) = |Σ_i - Σ_k|        squares by element
         w_i   = n_i exp(-D_m² / (2 σ_m²) - D_cv² / (2 σ_cv²))
@@ -38,9 +38,9 @@ class IntraClassAugmentation(nn.Module):
         α_k   = 1 / (1 + log(1 + β (n_k - 1)))  if n_k <= τ, else 0
         Σ_k^cr = (1 - α_k) Σ_k + α_k ((1 - γ) Σ^nb + γ Σ^glob)
 
-    Statistics are renewed by a pass over the training set every `refresh_every` epochs from `start` on, and merged
-    with what is known: w = n̂ / (n + n̂), at least 1 - `momentum` (and 1 the first time), then
-    Σ ← (1-w) Σ + w Σ̂ + w (1-w)(μ - μ̂)²,  μ ← (1-w) μ + w μ̂,  n ← n + n̂.
+    Statistics are renewed by a pass over the training set every `refresh_every` epochs from `start` on, and
+    merged with what is known: w = n̂ / (n + n̂), at least 1 - `momentum` (and 1 the first time), then Σ ←
+    (1-w) Σ + w Σ̂ + w (1-w)(μ - μ̂)²,  μ ← (1-w) μ + w μ̂,  n ← n + n̂.
 
     Args:
         num_classes: C.
@@ -61,13 +61,15 @@ class IntraClassAugmentation(nn.Module):
             embedding's scale; False: raw, as the paper prints.
         seed: of the noise, which depends on (seed, step, image id) only: not on the batch or the process.
 
-    State: buffers `mean` (C, D), `variance` (C, D), `count` (C,) of the merge; `images` (C,) distinct images in the
-    last pass, `corrected` (C, D), `strength` (λ now; 0: no synthesis), `step`, `refreshed` (epoch of the last pass).
+    State: buffers `mean` (C, D), `variance` (C, D), `count` (C,) of the merge; `images` (C,) distinct images
+    in the last pass, `corrected` (C, D), `strength` (λ now; 0: no synthesis), `step`, `refreshed` (epoch of
+    the last pass).
 
-    Source: Fu et al., "Intra-class Adaptive Augmentation with Neighbor Correction for Deep Metric Learning", TMM 2022,
-    arXiv:2211.16264. Where the released code slips, this follows the paper: the deviation is the same for every copy,
-    the correction is really used, and τ is inclusive. Schedule of λ, refresh interval and own copies excluded: as in
-    the released code. Normalised distances, and means of classes with one image: ours.
+    Source: Fu et al., "Intra-class Adaptive Augmentation with Neighbor Correction for Deep Metric Learning",
+    TMM 2022, arXiv:2211.16264. Where the released code slips, this follows the paper: the deviation is the
+    same for every copy, the correction is really used, and τ is inclusive. Schedule of λ, refresh interval
+    and own copies excluded: as in the released code. Normalised distances, and means of classes with one
+    image: ours.
     """
 
     mean: Tensor
@@ -208,8 +210,9 @@ class IntraClassAugmentation(nn.Module):
     def refresh(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Embed the training set and merge its statistics.
 
-        The model runs as in training (augmented pictures, its own choice of frozen layers); the running statistics
-        of its normalisation layers are left as they were, and so are the random numbers it draws from.
+        The model runs as in training (augmented pictures, its own choice of frozen layers); the running
+        statistics of its normalisation layers are left as they were, and so are the random numbers it draws
+        from.
 
         Raises:
             ValueError: a batch without class ids, or an empty pass.
@@ -331,7 +334,7 @@ def class_moments(embeddings: Tensor, labels: Tensor, classes: int) -> Moments:
 
 
 def merge_moments(known: Moments, new: Moments, *, least: float = 0.0) -> Moments:
-    """The moments of two sets of rows together; the new set's weight is at least `least` where it has rows."""
+    """The moments of two sets of rows together; the new set weighs at least `least` where it has rows."""
     mean, variance, count = known
     new_mean, new_variance, new_count = new
     exact = new_count.to(mean.dtype) / (count + new_count).clamp_min(1).to(mean.dtype)
@@ -369,8 +372,8 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
 def drawn_noise(ids: Tensor, copies: int, dim: int, *, seed: int, step: Tensor | int) -> Tensor:
     """(M, B, D) standard normal float32 numbers that depend on (seed, step, image id, copy, column) only.
 
-    A counter is hashed instead of a generator advanced: the numbers of an image do not depend on its place in the
-    batch, on its neighbours or on the process that holds it, and no loop over images is needed.
+    A counter is hashed instead of a generator advanced: the numbers of an image do not depend on its place in
+    the batch, on its neighbours or on the process that holds it, and no loop over images is needed.
     """
     ids = ids.to(torch.int64)
     step = torch.as_tensor(step, dtype=torch.int64, device=ids.device)

@@ -12,9 +12,9 @@ from dml.training.objective import Batches, Candidates, Progress
 class CrossBatchMemory(nn.Module):
     """The newest unit embeddings, first in, first out, compared with every batch.
 
-    Weights move slowly, so an embedding of some hundred steps ago is still nearly right, and a batch of 64 sees
-    thousands of negatives for the price of one product of matrices. While weights still move fast, old rows mislead:
-    remembering starts after a share of the run.
+    Weights move slowly, so an embedding of some hundred steps ago is still nearly right, and a batch of 64
+    sees thousands of negatives for the price of one product of matrices. While weights still move fast, old
+    rows mislead: remembering starts after a share of the run.
 
     A remembered older copy of an anchor's own image is recognised by its id and never a pair.
 
@@ -24,11 +24,11 @@ class CrossBatchMemory(nn.Module):
         start: share of the run's steps after which remembering begins, in [0, 1).
         classes: 0: labels are class ids; otherwise the width of multi-hot labels.
 
-    State: buffers `embeddings` (size, D) float32, `labels` (size,) or (size, classes), `ids` (size,), `position`
-    (next row to write), `filled` (rows in use), `started`. All of it survives a restart.
+    State: buffers `embeddings` (size, D) float32, `labels` (size,) or (size, classes), `ids` (size,),
+    `position` (next row to write), `filled` (rows in use), `started`. All of it survives a restart.
 
-    Source: Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, arXiv:1912.06798. There the memory
-    gets a loss term of its own; here its rows join the candidates of one loss.
+    Source: Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, arXiv:1912.06798. There the
+    memory gets a loss term of its own; here its rows join the candidates of one loss.
     """
 
     embeddings: Tensor
@@ -65,7 +65,7 @@ class CrossBatchMemory(nn.Module):
         return self._filled
 
     def forward(self) -> Candidates | None:
-        """The remembered rows; None while there are none. They are copies: adding rows does not change them."""
+        """The remembered rows, None while there are none; copies, which adding rows does not change."""
         if not self._filled:
             return None
         rows = slice(0, self._filled)

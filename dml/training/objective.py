@@ -39,8 +39,8 @@ Batches = Callable[[], Iterable[Batch]]
 class Objective(nn.Module):
     """Base of every training method.
 
-    Keep whatever must survive a restart (proxies, memories, statistics) as parameters, buffers or submodules: then
-    `state_dict()` already carries it.
+    Keep whatever must survive a restart (proxies, memories, statistics) as parameters, buffers or submodules:
+    then `state_dict()` already carries it.
     """
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -54,5 +54,5 @@ class Objective(nn.Module):
         """Follow the updated weights, e.g. move an averaged teacher."""
 
     def loss_parameters(self) -> list[nn.Parameter]:
-        """Learned things that do not belong to the model (proxies, classifiers), for their own optimiser group."""
+        """What is learned outside the model (proxies, classifiers), for an optimiser group of its own."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -11,7 +11,7 @@ from dml.config import Part, Recipe
 from dml.data.batch import Batch
 from dml.errors import ConfigError, DataError
 from dml.losses import build_loss
-from dml.losses.pairs import IndicesTuple, share_label, unit_rows
+from dml.losses.pairs import IndicesTuple, relate, unit_rows
 from dml.models.output import Output
 from dml.registry import construct, resolve
 from dml.training import METHODS, STAGES
@@ -21,21 +21,22 @@ from dml.training.objective import Batches, Candidates, Objective, Progress
 class Supervised(Objective):
     """A metric-learning loss, with optional stages between the model and the loss.
 
-    One step: the model embeds the batch; `clean` drops rows; `augment` and `memory` add candidates; the loss compares
-    the remaining rows with the batch and all candidates; regularisers add weighted terms; the batch is remembered.
+    One step: the model embeds the batch; `clean` drops rows; `augment` and `memory` add candidates; the loss
+    compares the remaining rows with the batch and all candidates; regularisers add weighted terms; the batch
+    is remembered.
 
     Args:
         loss: takes the call signature of `dml.losses`; foreign ones through `adapt`.
         clean: (unit, labels, ids) -> (B,) bool, rows to trust.
         augment: (raw, labels, ids) -> Candidates (raw), or None.
         memory: () -> Candidates (unit), or None; and `add(unit, labels, ids)`.
-        regularizers: name -> module (field, labels) -> () tensor, where its attribute `reads` names a field of the
-            model's output ("unit" if it has none).
+        regularizers: name -> module (field, labels) -> () tensor, where its attribute `reads` names a field
+            of the model's output ("unit" if it has none).
         weights: name -> factor of that term in the sum; 1 where missing.
 
-    Terms returned, all scalars: "loss" (the sum, to minimise), "metric" (the loss proper), each regulariser by its
-    name (without its weight), and where such a stage is there: "kept" (share of rows trusted), "synthetic" and
-    "remembered" (numbers of candidates).
+    Terms returned, all scalars: "loss" (the sum, to minimise), "metric" (the loss proper), each regulariser
+    by its name (without its weight), and where such a stage is there: "kept" (share of rows trusted),
+    "synthetic" and "remembered" (numbers of candidates).
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Supervised(Objective):
         super().__init__()
         self.loss, self.clean, self.augment, self.memory = loss, clean, augment, memory
         self.regularizers = nn.ModuleDict(dict(regularizers or {}))
-        self.weights = {name: 1.0 for name in self.regularizers} | dict(weights or {})
+        self.weights = dict.fromkeys(self.regularizers, 1.0) | dict(weights or {})
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if batch.labels is None:
@@ -122,13 +123,13 @@ class Supervised(Objective):
 
     def before_epoch(self, model: nn.Module, batches: Batches, progress: Progress) -> None:
         for stage in self.stages():
-            if hasattr(stage, "before_epoch"):
-                stage.before_epoch(model, batches, progress)
+            if callable(hook := getattr(stage, "before_epoch", None)):
+                hook(model, batches, progress)
 
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         for stage in self.stages():
-            if hasattr(stage, "after_step"):
-                stage.after_step(model, progress)
+            if callable(hook := getattr(stage, "after_step", None)):
+                hook(model, progress)
 
 
 Kind = Literal["ours", "pairs", "classes", "listwise"]
@@ -174,36 +175,19 @@ class Adapter(nn.Module):
                 value = self.loss(embeddings, labels)
             else:
                 if indices_tuple is None:
-                    indices_tuple = all_pairs(labels, ref_labels, ids, ref_ids)
+                    positive, negative, _ = relate(labels, ref_labels, ids, ref_ids)
+                    indices_tuple = (*positive.nonzero(as_tuple=True), *negative.nonzero(as_tuple=True))
                 if ref_emb is not None:
                     ref_emb = ref_emb.to(embeddings.dtype)
                 value = self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        # A loss that finds nothing to compare may return a bare 0; the optimiser needs a gradient all the same.
+        # A loss that finds nothing to compare may return a bare 0, and the optimiser needs a gradient.
         return value if value.requires_grad else value + 0 * embeddings.sum()
 
 
-def all_pairs(
-    labels: Tensor, ref_labels: Tensor | None, ids: Tensor | None, ref_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(anchors, positives, anchors, negatives) of every pair of two different images."""
-    alone = ref_labels is None
-    same_label = share_label(labels, labels if ref_labels is None else ref_labels)
-    others = ids if alone else ref_ids
-    if ids is not None and others is not None:
-        same_image = ids[:, None] == others[None, :]
-    elif alone:
-        same_image = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    else:
-        same_image = torch.zeros_like(same_label)
-    a1, p = (same_label & ~same_image).nonzero(as_tuple=True)
-    a2, n = (~same_label & ~same_image).nonzero(as_tuple=True)
-    return a1, p, a2, n
-
-
 LIBRARY = "BaseMetricLossFunction"
-"""Base of pytorch-metric-learning's losses; recognised by name, so that the library is loaded only when used."""
+"""Base of pytorch-metric-learning's losses, by name, so that the library loads only when used."""
 BY_PAIRS = frozenset({"GenericPairLoss", "TripletMarginLoss", "MarginLoss"})
-"""Its bases and losses that compare exactly the pairs of `indices_tuple`. Others use it as weights, or not at all."""
+"""Bases and losses there that compare exactly the pairs of `indices_tuple`; others take it as weights at most."""
 WITH_CLASSES = frozenset({"WeightRegularizerMixin", "P2SGradLoss"})
 """Its bases and losses that hold proxies or class weights."""
 
@@ -292,14 +276,14 @@ def refuse_impossible(recipe: Recipe, loss: nn.Module) -> None:
             else "it ranks one batch within itself and takes no further candidates"
         )
         raise ConfigError(
-            f'The loss "{name}" cannot use a memory: {reason}. Remove [memory], or take a loss that compares '
-            f"pairs: {takers}."
+            f'The loss "{name}" cannot use a memory: {reason}. '
+            f"Remove [memory], or take a loss that compares pairs: {takers}."
         )
     if recipe.augment is not None and not loss.candidates and not with_classes:
         raise ConfigError(
-            f'The loss "{name}" cannot use [augment]: it ranks one batch within itself, so synthetic rows would '
-            f"become anchors, and positives of their own image. Remove [augment], or take a loss that compares "
-            f"pairs: {takers}; or one with proxies or class weights."
+            f'The loss "{name}" cannot use [augment]: it ranks one batch within itself, so synthetic rows '
+            f"would become anchors, and positives of their own image. Remove [augment], or take a loss that "
+            f"compares pairs: {takers}; or one with proxies or class weights."
         )
     negative = {n: t.weight for n, t in recipe.regularizers.items() if t.weight < 0}
     if negative:
