@@ -1,0 +1,26 @@
+"""Pictures to vectors, with or without torch: the hand-over between training and everything after it."""
+
+from dml.encoder.artifact import (
+    EncoderReport,
+    check_encoder,
+    create_encoder,
+    export_encoder,
+    save_encoder,
+)
+from dml.encoder.encoder import EmbeddedBatch, EmbeddedFiles, Encoder
+from dml.encoder.manifest import find_encoder, is_encoder
+from dml.encoder.preprocess import Preprocess
+
+__all__ = [
+    "EmbeddedBatch",
+    "EmbeddedFiles",
+    "Encoder",
+    "EncoderReport",
+    "Preprocess",
+    "check_encoder",
+    "create_encoder",
+    "export_encoder",
+    "find_encoder",
+    "is_encoder",
+    "save_encoder",
+]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from math import isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,35 @@ def check_timm_name(name: str) -> None:
     raise ConfigError(
         f'Unknown trunk "{name}". {hint}Known: {", ".join(TRUNKS)}, and all of timm {timm.__version__}. '
         f'Your own class works too: write it as "my_package.my_module:MyClass".'
+    )
+
+
+class PublishedInput(NamedTuple):
+    """How pictures were prepared for a trunk's published weights."""
+
+    size: int  # side in pixels
+    margin: float  # whole picture over the part that is used, per side
+    interpolation: Literal["bilinear", "bicubic", "lanczos"]
+
+
+def published_input(trunk: str) -> PublishedInput:
+    """What a timm trunk's published weights expect; 64 px, the whole picture and bilinear for all others."""
+    if trunk in TRUNKS or ":" in trunk:
+        return PublishedInput(64, 1.0, "bilinear")
+    import timm
+
+    check_timm_name(trunk)
+    settings = timm.get_pretrained_cfg(trunk, allow_unregistered=True)
+    if settings is None:
+        return PublishedInput(64, 1.0, "bilinear")
+    filters: dict[str, Literal["bilinear", "bicubic", "lanczos"]] = {
+        "bilinear": "bilinear",
+        "lanczos": "lanczos",
+    }
+    return PublishedInput(
+        size=int(settings.input_size[-1]),
+        margin=1 / (settings.crop_pct or 1.0),
+        interpolation=filters.get(settings.interpolation, "bicubic"),
     )
 
 

@@ -1,0 +1,281 @@
+"""The encoder as everyone uses it: pictures in, unit vectors out. No torch is loaded unless it is asked
+for.
+"""
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from dml.data.reading import batches_of
+from dml.data.table import Record
+from dml.encoder.manifest import ONNX, WEIGHTS, Manifest, find_encoder, read_manifest, verify_file
+from dml.encoder.preprocess import Preprocess
+from dml.errors import EncoderError, MissingExtra, UsageError
+from dml.imaging import BadImage, decode
+
+logger = logging.getLogger(__name__)
+
+Vectors = NDArray[np.float32]
+Source = Image.Image | bytes | Path | str
+BATCH_SIZE = 64
+
+
+class Runtime(Protocol):
+    """Pixels (N, 3, S, S) to vectors (N, D)."""
+
+    name: str
+    device: str
+
+    def __call__(self, pixels: Vectors) -> Vectors: ...
+
+
+class EmbeddedBatch(NamedTuple):
+    """Some rows of a stream, in the order of its sources."""
+
+    indices: NDArray[np.int64]  # (B,) positions in the sources
+    vectors: Vectors  # (B, D)
+
+
+class EmbeddedFiles(NamedTuple):
+    """Vectors of the files that could be read, and the others by name."""
+
+    kept: NDArray[np.int64]  # (N,) positions in the sources, ascending
+    vectors: Vectors  # (N, D)
+    bad: list[BadImage]
+
+
+class Encoder:
+    """Pictures in, unit vectors out. Make one with `Encoder.load`."""
+
+    def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
+        self._manifest = manifest
+        self._runtime = runtime
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        runtime: Literal["auto", "torch", "onnx"] | str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> "Encoder":
+        """Open an encoder folder, or the one in a run or a collection, and check its files.
+
+        Args:
+            path: ENCODER, RUN or COLLECTION.
+            runtime: "onnx" (ONNX Runtime), "torch", or "auto": torch on a CUDA device, ONNX Runtime on the
+                CPU.
+            device: "cpu", "cuda", "cuda:N", or "auto": CUDA where there is a device and torch, else the CPU.
+            threads: threads of one call on the CPU; None: the runtime's own choice.
+
+        Raises:
+            EncoderError: missing, damaged, changed or too new, or it cannot run on this device.
+            MissingExtra: torch is asked for, or needed, and is not installed.
+            UsageError: an unknown runtime or device.
+        """
+        manifest = read_manifest(find_encoder(path))
+        name, device = choose_runtime(manifest, runtime, device)
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads must be at least 1, got {threads}")
+        logger.info("encoder %s: %s on %s", manifest.folder, name, device)
+        return cls(manifest, open_runtime(manifest, name, device=device, threads=threads))
+
+    @property
+    def path(self) -> Path:
+        """The encoder's folder."""
+        return self._manifest.folder
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """manifest.json as it was read."""
+        return self._manifest.tree
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, 64 hexadecimal digits: equal for encoders that make equal vectors."""
+        return self._manifest.fingerprint
+
+    @property
+    def dim(self) -> int:
+        """D, length of a vector."""
+        return self._manifest.dim
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self._manifest.preprocess
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The label map of its training: class number -> label; empty for an encoder that was not trained."""
+        return tuple(self._manifest.tree["classes"])
+
+    @property
+    def runtime(self) -> str:
+        """ "onnx" or "torch"."""
+        return self._runtime.name
+
+    @property
+    def device(self) -> str:
+        return self._runtime.device
+
+    def __repr__(self) -> str:
+        what = f"{self.fingerprint[:12]}, dim={self.dim}, {self.runtime} on {self.device}"
+        return f"Encoder({str(self.path)!r}, {what})"
+
+    def embed(self, images: Sequence[Source], *, batch_size: int = BATCH_SIZE) -> Vectors:
+        """Vectors (N, D) of pictures: PIL images, encoded bytes or files, mixed as you like.
+
+        Raises:
+            InvalidImage: for the first one that cannot be read; `embed_files` skips and lists them instead.
+        """
+        if isinstance(images, Image.Image | bytes | Path | str):
+            raise UsageError("embed takes a list of pictures; write embed([picture]) for one")
+        parts = [
+            self._run(
+                np.stack([self.preprocess(upright(image)) for image in images[start : start + batch_size]])
+            )
+            for start in range(0, len(images), batch_size)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+
+    def embed_arrays(self, arrays: Vectors, *, batch_size: int = BATCH_SIZE) -> Vectors:
+        """Vectors (N, D) of prepared pixels (N, 3, S, S), as `preprocess` makes them.
+
+        Raises:
+            UsageError: for another shape.
+        """
+        arrays = np.ascontiguousarray(arrays, dtype=np.float32)
+        size = self.preprocess.size
+        if arrays.ndim != 4 or arrays.shape[1:] != (3, size, size):
+            raise UsageError(f"expected prepared pixels (N, 3, {size}, {size}), got {arrays.shape}")
+        parts = [self._run(arrays[start : start + batch_size]) for start in range(0, len(arrays), batch_size)]
+        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+
+    def embed_stream(
+        self,
+        sources: Sequence[Record | Path],
+        *,
+        batch_size: int = BATCH_SIZE,
+        workers: int = 2,
+        bad: list[BadImage] | None = None,
+    ) -> Iterator[EmbeddedBatch]:
+        """Embed files batch after batch, in order, decoding ahead in `workers` threads.
+
+        Args:
+            sources: files, or records of a table (whose boxes are cut out).
+            bad: pictures that cannot be read are appended here and left out.
+        """
+        batches = batches_of(sources, self.preprocess, batch_size=batch_size, workers=workers, bad=bad)
+        for indices, pixels in batches:
+            yield EmbeddedBatch(indices, self._run(pixels))
+
+    def embed_files(
+        self,
+        paths: Sequence[Record | Path],
+        *,
+        batch_size: int = BATCH_SIZE,
+        workers: int = 2,
+        on_bad: Callable[[BadImage], None] | None = None,
+    ) -> EmbeddedFiles:
+        """Embed all files. One that cannot be read is skipped and listed, never fatal.
+
+        Args:
+            on_bad: called for every picture that is skipped.
+        """
+        bad: list[BadImage] = []
+        batches = list(self.embed_stream(paths, batch_size=batch_size, workers=workers, bad=bad))
+        if on_bad is not None:
+            for one in bad:
+                on_bad(one)
+        if not batches:
+            return EmbeddedFiles(np.empty(0, np.int64), np.empty((0, self.dim), np.float32), bad)
+        kept = np.concatenate([batch.indices for batch in batches])
+        return EmbeddedFiles(kept, np.concatenate([batch.vectors for batch in batches]), bad)
+
+    def _run(self, pixels: Vectors) -> Vectors:
+        return self._runtime(pixels)
+
+
+def upright(image: Source) -> Image.Image:
+    """Any picture as upright RGB, through the one decoder: a PIL image gives what its file would have
+    given.
+    """
+    if isinstance(image, bytes):
+        return decode(image)
+    if not isinstance(image, Image.Image):
+        return decode(Path(image))
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode == "RGB" and not turned.has_transparency_data:
+        return turned
+    buffer = BytesIO()
+    turned.save(buffer, "TIFF" if turned.mode in ("CMYK", "YCbCr", "LAB", "F") else "PNG")
+    return decode(buffer.getvalue())
+
+
+def choose_runtime(manifest: Manifest, runtime: str, device: str) -> tuple[str, str]:
+    """("onnx" or "torch", "cpu" or "cuda[:N]"): decided before anything is loaded, and never changed
+    afterwards.
+    """
+    if runtime not in ("auto", "onnx", "torch"):
+        raise UsageError(f'Unknown runtime "{runtime}". Known: auto, onnx, torch.')
+    if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
+        raise UsageError(f'Unknown device "{device}". Known: auto, cpu, cuda, cuda:N.')
+    has_onnx, has_torch = ONNX in manifest.files, find_spec("torch") is not None
+    if device == "auto":
+        device = "cuda" if runtime != "onnx" and has_torch and has_cuda() else "cpu"
+    if runtime == "auto":
+        runtime = "onnx" if device == "cpu" and has_onnx else "torch"
+    if runtime == "onnx" and not has_onnx:
+        raise EncoderError(
+            f"The encoder {manifest.folder} has no {ONNX}. Make it with `dml encoder export "
+            f"{manifest.folder}`, or use --runtime torch."
+        )
+    return runtime, device
+
+
+def has_cuda() -> bool:
+    """Whether torch can use a CUDA device; torch is imported only where the machine has one at all."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    nodes = (
+        any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or platform.system() == "Windows"
+    )
+    if hidden or not nodes:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def open_runtime(
+    manifest: Manifest, name: str, *, device: str = "cpu", threads: int | None = None
+) -> Runtime:
+    """Load a runtime on checked files.
+
+    Raises:
+        EncoderError, MissingExtra: as `Encoder.load`.
+    """
+    if name == "onnx":
+        from dml.encoder.onnx_runtime import OnnxRuntime
+
+        for file in manifest.files:
+            if file.startswith(ONNX):  # weights too large for one file lie beside it
+                verify_file(manifest, file)
+        return OnnxRuntime(manifest.folder / ONNX, device=device, threads=threads)
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise MissingExtra("torch", "train") from None
+    from dml.encoder.torch_runtime import TorchRuntime
+
+    verify_file(manifest, WEIGHTS)
+    return TorchRuntime(manifest, device=device, threads=threads)
