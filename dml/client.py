@@ -1,0 +1,470 @@
+"""A typed client of the service.
+
+>>> with Client("http://127.0.0.1:8000") as client:                                   # doctest: +SKIP
+...     for hit in client.search("shoes", image=Path("mine.jpg"), limit=5).hits:
+...         print(hit.rank, hit.score, hit.id)
+
+An answer is a frozen dataclass with the fields of the API; a problem is a `Problem`, a ServiceError with
+the service's own explanation.
+"""
+
+import base64
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dml.errors import ServiceError, UsageError
+
+Picture = bytes | Path
+
+
+class Problem(ServiceError):
+    """The service said no, and why.
+
+    Attributes:
+        status: the HTTP status.
+        type: the name in the catalogue ("unknown-item", "invalid-image", …); "" when the answer was no
+            problem document, as a proxy's is.
+        detail: what is wrong and what to do.
+        request_id: under which the operator finds the request in the log.
+        members: the whole document.
+    """
+
+    def __init__(self, status: int, members: Mapping[str, Any]) -> None:
+        self.status, self.members = status, dict(members)
+        self.type = str(members.get("type", "")).rpartition("/")[2]
+        self.detail = str(members.get("detail", ""))
+        self.request_id = str(members.get("request_id", ""))
+        asked = f" (request {self.request_id})" if self.request_id else ""
+        super().__init__(
+            f"The service answered {status} {self.type or 'without a reason'}: {self.detail}{asked}"
+        )
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One search result."""
+
+    id: str
+    score: float  # cosine similarity, -1 to 1; higher is nearer
+    rank: int  # 1 is the best
+    label: str | None = None
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    image: str | None = None  # path of the picture on the service
+    vector: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class SearchAnswer:
+    """The answer to one search; see the API for the fields."""
+
+    hits: tuple[Hit, ...]
+    query_id: str
+    collection: str
+    generation: int
+    model: str
+    total: int
+    total_is_exact: bool
+    approximate: bool
+    took_ms: float
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a collection."""
+
+    id: str
+    payload: Mapping[str, Any]
+    sequence: int
+    label: str | None = None
+    image: str | None = None
+    vector: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """An acknowledged write."""
+
+    id: str
+    created: bool
+    generation: int
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a collection is. The last fields are None in a list, and known when one is asked for."""
+
+    name: str
+    count: int
+    dim: int
+    metric: str
+    model_fingerprint: str
+    accepts: tuple[str, ...]
+    index: Mapping[str, Any] | None = None
+    measured_recall: float | None = None
+    generation: int | None = None
+    pending: int | None = None
+    bytes_on_disk: int | None = None
+    capabilities: tuple[str, ...] | None = None
+    read_only: bool | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder that answers at the service."""
+
+    id: str
+    fingerprint: str
+    dim: int
+    input_size: int | None
+    loss: str | None
+    trained_on: str | None
+    collections: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of pictures."""
+
+    model: str
+    vectors: NDArray[np.float32]  # (N, D) unit length
+
+
+class Client:
+    """Talks to one service; keeps its connections open, so make one and use it for all requests.
+
+    Args:
+        url: where the service is, as `dml serve` prints it.
+        key: API key, when the service asks for one.
+        timeout: seconds until a request counts as failed.
+
+    Raises:
+        UsageError: for an address that is none.
+        ServiceError: by every method, when the service cannot be reached; `Problem` when it says no.
+    """
+
+    def __init__(self, url: str, key: str | None = None, *, timeout: float = 30.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f'The address of a service starts with http:// or https://, got "{url}"')
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url = url.rstrip("/")
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        except (httpx.InvalidURL, UnicodeError, ValueError) as error:
+            raise UsageError(f'"{url}" is not an address: {error}') from None
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # Search
+
+    def search(
+        self,
+        collection: str,
+        *,
+        image: Picture | None = None,
+        id: str | None = None,
+        vector: ArrayLike | None = None,
+        positive: Sequence[str] = (),
+        negative: Sequence[str] = (),
+        limit: int = 10,
+        offset: int = 0,
+        score_threshold: float | None = None,
+        with_payload: bool = True,
+        with_vector: bool = False,
+        exact: bool = False,
+        effort: int | None = None,
+    ) -> SearchAnswer:
+        """The items nearest to a picture, an item or a vector (one of them), or to examples; or to both.
+
+        Args:
+            image: the bytes of a picture file, or its path.
+            positive, negative: ids of items that are, or are not, like what is looked for.
+            score_threshold: leave out hits of a lower cosine similarity.
+            exact: compare with every item, whatever the index.
+            effort: how hard an approximate index looks.
+        """
+        examples = {"positive": list(positive), "negative": list(negative)}
+        query: dict[str, Any] = {name: ids for name, ids in examples.items() if ids}
+        options: dict[str, Any] = {
+            "limit": limit,
+            "offset": offset,
+            "with_payload": with_payload,
+            "with_vector": with_vector,
+            "params": {"exact": exact} | ({} if effort is None else {"effort": effort}),
+        }
+        if score_threshold is not None:
+            options["score_threshold"] = score_threshold
+        place = f"{self._place(collection)}/search"
+        if image is not None and id is None and vector is None:
+            params = json.dumps({**options, "query": query})
+            files = {"file": ("image", read(image), "application/octet-stream")}
+            return search_answer(self._json("POST", f"{place}/image", files=files, data={"params": params}))
+        if image is not None:
+            query["image"] = base64.b64encode(read(image)).decode()
+        if id is not None:
+            query["id"] = id
+        if vector is not None:
+            query["vector"] = numbers(vector)
+        return search_answer(self._json("POST", place, json={**options, "query": query}))
+
+    def search_vectors(
+        self, collection: str, vectors: ArrayLike, *, limit: int = 10, exact: bool = False, batch: int = 32
+    ) -> list[SearchAnswer]:
+        """One answer per row of `vectors` (N, D), asked `batch` at a time; payloads are left out.
+
+        Raises:
+            Problem: the first problem among the answers.
+        """
+        rows = np.asarray(vectors, dtype=np.float32)
+        searches = [
+            {
+                "query": {"vector": row.tolist()},
+                "limit": limit,
+                "with_payload": False,
+                "params": {"exact": exact},
+            }
+            for row in rows
+        ]
+        answers = []
+        for start in range(0, len(searches), batch):
+            body = {"searches": searches[start : start + batch]}
+            for result in self._json("POST", f"{self._place(collection)}/search/batch", json=body)["results"]:
+                if "hits" not in result:
+                    raise Problem(int(result.get("status", 0)), result)
+                answers.append(search_answer(result))
+        return answers
+
+    def similar(self, collection: str, id: str, *, limit: int = 10, offset: int = 0) -> SearchAnswer:
+        """More like this item, without the item itself."""
+        params = {"limit": limit, "offset": offset}
+        return search_answer(self._json("GET", f"{self._place(collection, id)}/similar", params=params))
+
+    def embed(self, images: Sequence[Picture], *, model: str | None = None) -> Embeddings:
+        """The vectors of pictures. `model`: a fingerprint, needed where several encoders answer."""
+        files = [("file", ("image", read(image), "application/octet-stream")) for image in images]
+        found = self._json(
+            "POST", "/v1/embeddings", files=files, params={} if model is None else {"model": model}
+        )
+        return Embeddings(found["model"], np.asarray(found["embeddings"], dtype=np.float32))
+
+    # Items
+
+    def get_item(self, collection: str, id: str, *, with_vector: bool = False) -> Item:
+        return item(self._json("GET", self._place(collection, id), params={"with_vector": with_vector}))
+
+    def put_item(
+        self,
+        collection: str,
+        id: str,
+        *,
+        image: Picture | None = None,
+        vector: ArrayLike | None = None,
+        payload: Mapping[str, Any] | None = None,
+    ) -> Written:
+        """Add an item, or replace the one of this id: by its picture, which is stored, or by a vector."""
+        if (image is None) == (vector is None):
+            raise UsageError(f'The item "{id}" needs either an image or a vector, and not both.')
+        place, payload = self._place(collection, id), dict(payload or {})
+        if image is not None:
+            files = {"file": ("image", read(image), "application/octet-stream")}
+            found = self._json("PUT", place, files=files, data={"payload": json.dumps(payload)})
+        else:
+            assert vector is not None
+            found = self._json("PUT", place, json={"vector": numbers(vector), "payload": payload})
+        return Written(**found)
+
+    def update_payload(self, collection: str, id: str, changes: Mapping[str, Any]) -> Item:
+        """Merge into the payload; a value of None removes its key."""
+        return item(self._json("PATCH", self._place(collection, id), json={"payload": dict(changes)}))
+
+    def delete_item(self, collection: str, id: str) -> None:
+        self._send("DELETE", self._place(collection, id))
+
+    def delete_items(self, collection: str, ids: Sequence[str]) -> int:
+        """Forget several; how many were there."""
+        found = self._json("POST", f"{self._place(collection)}/items/delete", json={"ids": list(ids)})
+        return int(found["deleted"])
+
+    def items(self, collection: str, *, with_vector: bool = False, page: int = 500) -> Iterator[Item]:
+        """All items in the order of their ids, fetched `page` at a time."""
+        cursor: str | None = None
+        while True:
+            params: dict[str, Any] = {"limit": page, "with_vector": with_vector}
+            if cursor is not None:
+                params["cursor"] = cursor
+            found = self._json("GET", f"{self._place(collection)}/items", params=params)
+            yield from map(item, found["items"])
+            cursor = found["next_cursor"]
+            if cursor is None:
+                return
+
+    def count(self, collection: str) -> int:
+        return int(self._json("POST", f"{self._place(collection)}/count", json={})["count"])
+
+    def image(self, collection: str, id: str, *, size: Literal["thumb", "full"] = "full") -> bytes:
+        """The picture of an item: as it was given, or small."""
+        return self._send("GET", f"{self._place(collection, id)}/image", params={"size": size}).content
+
+    # What there is
+
+    def collections(self) -> list[Collection]:
+        found: list[Collection] = []
+        cursor: str | None = None
+        while True:
+            page = self._json("GET", "/v1/collections", params={} if cursor is None else {"cursor": cursor})
+            found += map(collection_answer, page["items"])
+            cursor = page["next_cursor"]
+            if cursor is None:
+                return found
+
+    def collection(self, name: str) -> Collection:
+        return collection_answer(self._json("GET", self._place(name)))
+
+    def models(self) -> list[Model]:
+        found = self._json("GET", "/v1/models")["items"]
+        return [Model(**{**entry, "collections": tuple(entry["collections"])}) for entry in found]
+
+    def ready(self) -> bool:
+        """Whether the service has loaded. Raises ServiceError when nobody answers."""
+        try:
+            return self._send("GET", "/readyz").status_code == 200
+        except Problem as problem:
+            if problem.status == 503:
+                return False
+            raise
+
+    def wait_until_ready(self, seconds: float = 60.0) -> None:
+        """Return as soon as the service answers and has loaded; ServiceError when it does not in time."""
+        end = time.monotonic() + seconds
+        last = "it is still loading"
+        while time.monotonic() < end:
+            try:
+                if self.ready():
+                    return
+            except ServiceError as error:
+                last = str(error)
+            time.sleep(0.05)
+        raise ServiceError(f"The service at {self.url} is not ready after {seconds:g} seconds: {last}")
+
+    # The wire
+
+    @staticmethod
+    def _place(collection: str, id: str | None = None) -> str:
+        place = f"/v1/collections/{segment(collection)}"
+        return place if id is None else f"{place}/items/{segment(id)}"
+
+    def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        response = self._send(method, path, **request)
+        try:
+            return response.json()
+        except ValueError:
+            raise ServiceError(
+                f"{self.url}{path} answered {response.status_code} with something that is not JSON. "
+                f"Is it the address of a dml service?"
+            ) from None
+
+    def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """One request. Raises ServiceError."""
+        try:
+            response = self._http.request(method, path, **request)
+        except httpx.TimeoutException as error:
+            raise ServiceError(f"The service at {self.url} gave no answer in time ({error}).") from error
+        except httpx.HTTPError as error:
+            raise ServiceError(
+                f"The service at {self.url} cannot be reached: {error}. Is it running? `dml serve` starts it."
+            ) from error
+        if response.is_success:
+            return response
+        try:
+            members = response.json()
+        except ValueError:
+            members = {}
+        if not isinstance(members, dict) or "detail" not in members:
+            members = {"detail": f"{method} {path} was not answered by a dml service"}
+        raise Problem(response.status_code, members)
+
+
+def read(image: Picture) -> bytes:
+    """The bytes of a picture. Raises UsageError for a file that cannot be read."""
+    if not isinstance(image, Path):
+        return image
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{image} cannot be read: {error.strerror or error}") from None
+
+
+def segment(name: str) -> str:
+    """A name as one segment of a path: nothing in it may act as a slash, or as a step to the folder above."""
+    return quote(name, safe="") if name not in (".", "..") else name.replace(".", "%2E")
+
+
+def numbers(vector: ArrayLike) -> list[float]:
+    """A vector as JSON can carry it. Raises UsageError for NaN and infinity, which it cannot."""
+    row = np.asarray(vector, dtype=np.float32)
+    if row.ndim != 1 or not np.isfinite(row).all():
+        raise UsageError(
+            f"A vector is a flat row of finite numbers; got shape {row.shape}, or NaN or infinity in it."
+        )
+    return row.tolist()
+
+
+def search_answer(found: Mapping[str, Any]) -> SearchAnswer:
+    return SearchAnswer(
+        hits=tuple(hit(entry) for entry in found["hits"]),
+        **{name: found[name] for name in SearchAnswer.__dataclass_fields__ if name != "hits"},
+    )
+
+
+def hit(entry: Mapping[str, Any]) -> Hit:
+    return Hit(
+        entry["id"],
+        entry["score"],
+        entry["rank"],
+        label=entry.get("label"),
+        payload=entry.get("payload", {}),
+        image=entry.get("image"),
+        vector=vector_of(entry),
+    )
+
+
+def item(entry: Mapping[str, Any]) -> Item:
+    return Item(
+        entry["id"],
+        entry["payload"],
+        entry["sequence"],
+        label=entry.get("label"),
+        image=entry.get("image"),
+        vector=vector_of(entry),
+    )
+
+
+def vector_of(entry: Mapping[str, Any]) -> NDArray[np.float32] | None:
+    return np.asarray(entry["vector"], dtype=np.float32) if "vector" in entry else None
+
+
+def collection_answer(entry: Mapping[str, Any]) -> Collection:
+    """What the service says about a collection; fields that a newer one adds are left out."""
+    known = {name: entry[name] for name in Collection.__dataclass_fields__ if name in entry}
+    known["accepts"] = tuple(known["accepts"])
+    if known.get("capabilities") is not None:
+        known["capabilities"] = tuple(known["capabilities"])
+    return Collection(**known)
