@@ -115,8 +115,6 @@ def unit_rows(rows: Tensor) -> Tensor:
     depend on its row's scale, so the gradient is exact with that factor held constant.
     """
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    if rows.shape[1] == 0:
-        return rows
     largest = rows.detach().abs().amax(dim=1, keepdim=True)
     scaled = rows / torch.where(largest > 0, largest, 1)
     length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)

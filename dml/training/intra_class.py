@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dml.data.batch import Batch
 from dml.training.objective import Batches, Candidates, Progress
 
-BLOCK = 1024
-"""Classes compared at once with all others: C × C distances are never held as a whole."""
+BLOCK = 256
+"""Classes corrected at once: neither C × C distances nor C × K × D variances are ever held as a whole."""
 
 
 class IntraClassAugmentation(nn.Module):
@@ -279,7 +279,7 @@ class IntraClassAugmentation(nn.Module):
         logits = logits - beside.square() / (2 * self.variance_width**2)
         anyone = found.any(dim=1, keepdim=True)
         weights = torch.where(anyone, logits.masked_fill(~found, float("-inf")), 0).softmax(dim=1)
-        borrowed = torch.stack([w @ self.variance[k] for w, k in zip(weights, lender, strict=True)])
+        borrowed = (weights[:, None, :] @ self.variance[lender]).squeeze(1)
         return torch.where(anyone, borrowed, overall)
 
     def before_epoch(self, model: nn.Module, batches: Batches, progress: Progress) -> None:

@@ -26,7 +26,7 @@ class Supervised(Objective):
     is remembered.
 
     Args:
-        loss: takes the call signature of `dml.losses`; foreign ones through `adapt`.
+        loss: ours, pytorch-metric-learning's or any other; see `adapt`.
         clean: (unit, labels, ids) -> (B,) bool, rows to trust.
         augment: (raw, labels, ids) -> Candidates (raw), or None.
         memory: () -> Candidates (unit), or None; and `add(unit, labels, ids)`.
@@ -49,7 +49,7 @@ class Supervised(Objective):
         weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        self.loss, self.clean, self.augment, self.memory = loss, clean, augment, memory
+        self.loss, self.clean, self.augment, self.memory = adapt(loss), clean, augment, memory
         self.regularizers = nn.ModuleDict(dict(regularizers or {}))
         self.weights = dict.fromkeys(self.regularizers, 1.0) | dict(weights or {})
 
@@ -187,7 +187,7 @@ class Adapter(nn.Module):
 LIBRARY = "BaseMetricLossFunction"
 """Base of pytorch-metric-learning's losses, by name, so that the library loads only when used."""
 BY_PAIRS = frozenset({"GenericPairLoss", "TripletMarginLoss", "MarginLoss"})
-"""Bases and losses there that compare exactly the pairs of `indices_tuple`; others take it as weights at most."""
+"""Bases and losses there that compare exactly the pairs of `indices_tuple`; others take it as weights."""
 WITH_CLASSES = frozenset({"WeightRegularizerMixin", "P2SGradLoss"})
 """Its bases and losses that hold proxies or class weights."""
 
