@@ -61,6 +61,9 @@ KEPT_SNAPSHOTS = 2
 LONGEST_ID = 512  # characters
 PATIENCE = 20
 """How often a search tries to meet a moment between two writes before it asks the writers to wait."""
+REBUILD_SHARE = 0.1
+REBUILD_ROWS = 1_000
+"""A build is worth it when more changes are pending than both of these say."""
 ADOPT_SHARE = 0.1
 ADOPT_ROWS = 10_000
 """A reader takes up a writer's new snapshot when its own delta holds more rows than both of these say."""
@@ -156,6 +159,12 @@ class LocalCollection:
     def generation(self) -> int:
         """The change that the next search will see."""
         return self._state.sequence
+
+    @property
+    def wants_rebuild(self) -> bool:
+        """Whether so much has changed since the index was built that searches become noticeably slower."""
+        state = self._state
+        return state.pending > max(REBUILD_ROWS, REBUILD_SHARE * len(state))
 
     @property
     def encoder_path(self) -> Path | None:
@@ -356,6 +365,11 @@ class LocalCollection:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise UnknownItem(f'There is no item "{missing[0]}"{more} in the collection "{self.name}".')
             return self._with_vectors(db, [found[id] for id in ids], with_vector)
+
+    def find(self, ids: Sequence[str]) -> dict[str, Item]:
+        """id -> item, for those of these ids that are there."""
+        with self._moment() as (db, _):
+            return {id: item for id, (_, item) in sql.items_by_id(db, ids).items()}
 
     def scroll(
         self, *, after: str | None = None, limit: int = 100, with_vector: bool = False

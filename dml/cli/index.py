@@ -1,0 +1,367 @@
+"""`dml index`: build, change and check collections of pictures."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dml.collection.build import Progress, Report
+    from dml.encoder import Encoder
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Build, change and check collections of pictures."
+)
+
+BAD_SHOWN = 10
+
+CollectionFolder = Annotated[Path, typer.Argument(metavar="COLLECTION", help="Folder of a collection.")]
+IndexKind = Annotated[str, typer.Option("--index", help="auto, flat, faiss_flat, hnsw or ivf.")]
+IndexOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", metavar="KEY=VALUE", help="Of the index kind: links=48, cells=1024, effort=200."
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where encoder and index run: auto, cpu or cuda:N.")]
+Store = Annotated[
+    bool, typer.Option("--store", help="Keep copies of the pictures; else they are used where they lie.")
+]
+BatchSize = Annotated[int, typer.Option("--batch", min=1, help="Pictures embedded at once.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")]
+MaxBad = Annotated[
+    float,
+    typer.Option("--max-bad", min=0, max=1, help="Share of unreadable pictures that is still accepted."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@app.command()
+def build(
+    source: Annotated[str, typer.Argument(metavar="FOLDER|MANIFEST|EMBEDDINGS", help="What to index.")],
+    out: Annotated[Path, typer.Option(help="Folder of the collection.")],
+    encoder: Annotated[
+        Path | None, typer.Option(help="Run or encoder folder; embeddings can do without.")
+    ] = None,
+    index: IndexKind = "auto",
+    option: IndexOptions = None,
+    device: Device = "auto",
+    store: Store = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the collection at --out.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the collection. Default: that of its folder.")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Measure the recall of an approximate index.")] = True,
+    batch: BatchSize = 64,
+    workers: Workers = 2,
+    max_bad: MaxBad = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Embed pictures and make them searchable.
+
+    dml index build photos/ --encoder runs/shoes --out shoes.collection
+
+    A collection of the same encoder that is already at --out gets the items added.
+    """
+    from dml.collection.build import Settings, build_collection
+
+    with progress_bar("embedding") as progress:
+        report = build_collection(
+            source,
+            out,
+            encoder=load_encoder(encoder, device),
+            name=name,
+            kind=index,
+            options=read_options(option),
+            device=device,
+            overwrite=overwrite,
+            measure=measure,
+            settings=Settings(store=store, batch_size=batch, workers=workers, max_bad_share=max_bad),
+            progress=progress,
+        )
+    show_report(report, as_json=as_json)
+
+
+@app.command()
+def add(
+    collection: CollectionFolder,
+    source: Annotated[str, typer.Argument(metavar="FOLDER|MANIFEST|IMAGE|EMBEDDINGS", help="What to add.")],
+    encoder: Annotated[
+        Path | None, typer.Option(help="Run or encoder folder. Default: the one in the collection.")
+    ] = None,
+    device: Device = "auto",
+    store: Store = False,
+    rebuild: Annotated[
+        bool | None,
+        typer.Option(
+            "--rebuild/--no-rebuild", help="Build the index anew. Default: when enough has changed."
+        ),
+    ] = None,
+    batch: BatchSize = 64,
+    workers: Workers = 2,
+    max_bad: MaxBad = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Add pictures, or replace those of the same id. They are found at once.
+
+    dml index add shoes.collection photos/new
+    """
+    from dml.collection import open_collection
+    from dml.collection.build import Settings, add_to_collection
+
+    with open_collection(collection, device=device) as there:
+        loaded = load_encoder(encoder or there.encoder_path, device)
+        if loaded is not None:
+            there.check_fingerprint(loaded.fingerprint)
+        with progress_bar("embedding") as progress:
+            report = add_to_collection(
+                there,
+                source,
+                encoder=loaded,
+                settings=Settings(store=store, batch_size=batch, workers=workers, max_bad_share=max_bad),
+                progress=progress,
+            )
+        if rebuild or (rebuild is None and there.wants_rebuild):
+            report.index = there.build_index()
+    show_report(report, as_json=as_json)
+
+
+@app.command()
+def remove(
+    collection: CollectionFolder,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Items to forget.")] = None,
+    ids_from: Annotated[
+        Path | None, typer.Option("--from", help="A file with one id per line ('-': standard input).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Forget items. They are not found any more at once; pictures that lie elsewhere are not touched.
+
+    dml index remove shoes.collection red/1.jpg red/2.jpg
+    """
+    from dml.collection import open_collection
+    from dml.errors import UnknownItem, UsageError
+
+    wanted = [*(ids or []), *read_ids(ids_from)]
+    if not wanted:
+        raise UsageError("No ids were given: name them, or use --from FILE.")
+    with open_collection(collection) as there:
+        gone = there.delete(wanted)
+        left = len(there)
+    if not gone:
+        raise UnknownItem(f'None of the {len(set(wanted))} ids is in {collection}, e.g. "{wanted[0]}".')
+    if as_json:
+        print_json({"removed": gone, "unknown": len(set(wanted)) - gone, "count": left})
+    else:
+        typer.echo(f"removed {gone} of {len(set(wanted))} items, {left} are left")
+
+
+@app.command()
+def rebuild(
+    collection: CollectionFolder,
+    index: Annotated[
+        str | None, typer.Option("--index", help="auto, flat, faiss_flat, hnsw or ivf. Default: as before.")
+    ] = None,
+    option: IndexOptions = None,
+    device: Device = "auto",
+    measure: Annotated[bool, typer.Option(help="Measure the recall of an approximate index.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Build the index anew from the catalogue, of the same kind or of another."""
+    from dml.collection import open_collection
+
+    with open_collection(collection, device=device) as there:
+        built = there.build_index(index, options=read_options(option) if option else None, measure=measure)
+    if as_json:
+        print_json(built)
+    else:
+        typer.echo(describe_index(built))
+
+
+@app.command()
+def info(collection: CollectionFolder, as_json: Json = False) -> None:
+    """Say what a collection is: items, encoder, index, measured recall, pending changes."""
+    from dataclasses import asdict
+
+    from dml.collection import open_collection
+
+    with open_collection(collection, read_only=True) as there:
+        about = there.info()
+    if as_json:
+        print_json(asdict(about))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    recall = "not measured" if about.measured_recall is None else f"{about.measured_recall:.4f}"
+    settings = ", ".join(f"{k} {v}" for k, v in about.index.items() if k not in ("kind", "exact"))
+    pending = f"{about.pending:,} changes since (searched exactly)" if about.pending else "none"
+    rows = {
+        "name": about.name,
+        "items": f"{about.count:,}",
+        "vectors": f"{about.dim} numbers, {about.metric}",
+        "encoder": about.fingerprint,
+        "index": f"{about.index['kind']} ({'exact' if about.index['exact'] else 'approximate'}; {settings})",
+        "recall@10": recall,
+        "pending": pending,
+        "generation": f"{about.generation:,}",
+        "on disk": f"{about.bytes_on_disk / 1e6:,.1f} MB",
+        **{f"root {name}": path for name, path in about.manifest["roots"].items()},
+        "created": about.manifest["created"],
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    Console().print(table)
+
+
+@app.command()
+def verify(collection: CollectionFolder, as_json: Json = False) -> None:
+    """Read everything and compare it with its checksums; exit code 1 when something is wrong."""
+    from dml.collection import open_collection
+
+    with open_collection(collection, read_only=True) as there:
+        problems, count = there.verify(), len(there)
+    if as_json:
+        print_json({"items": count, "problems": problems})
+    elif problems:
+        for problem in problems:
+            typer.echo(problem)
+        typer.echo(f"{len(problems)} problems", err=True)
+    else:
+        typer.echo(f"{count:,} items, everything fits its checksums")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def root(
+    collection: CollectionFolder,
+    name: Annotated[str, typer.Argument(help='Name of the root, as "dml index info" lists it.')],
+    folder: Annotated[Path, typer.Argument(help="Where its pictures are now.")],
+) -> None:
+    """Say where pictures that the collection refers to have moved."""
+    from dml.collection import open_collection
+    from dml.errors import UsageError
+
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}.")
+    with open_collection(collection) as there:
+        there.set_root(name, folder)
+    typer.echo(f"{name} = {folder.absolute()}")
+
+
+# Parts of the commands
+
+
+def load_encoder(path: Path | None, device: str) -> "Encoder | None":
+    """The encoder in a run or encoder folder; None for none."""
+    if path is None:
+        return None
+    from dml.encoder import Encoder
+
+    return Encoder.load(path, device=device)
+
+
+def read_options(given: list[str] | None) -> dict[str, Any]:
+    """["links=48"] -> {"links": 48}. Raises UsageError."""
+    from dml.config import toml_value
+    from dml.errors import UsageError
+
+    options: dict[str, Any] = {}
+    for text in given or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f'--option wants KEY=VALUE, got "{text}"')
+        options[key] = toml_value(value)
+    return options
+
+
+def read_ids(path: Path | None) -> list[str]:
+    """One id per line. Raises UsageError for a file that cannot be read."""
+    from dml.errors import UsageError
+
+    if path is None:
+        return []
+    try:
+        text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    return [line for line in text.splitlines() if line.strip()]
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator["Progress"]:
+    """A bar on stderr with pictures per second and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, speed="")
+
+        def show(done: int, total: int, bad: int) -> None:
+            seconds = bar.tasks[0].elapsed or 0.0
+            speed = f"{done / seconds:,.0f}/s" if seconds else ""
+            label = f"{what} ({bad} unreadable)" if bad else what
+            bar.update(task, completed=done, total=total, description=label, speed=speed)
+
+        yield show
+
+
+def show_report(report: "Report", *, as_json: bool) -> None:
+    """What an import did: unreadable pictures on stderr, the rest on stdout."""
+    for one in report.bad[:BAD_SHOWN]:
+        typer.echo(f"skipped {one.path}: {one.reason}", err=True)
+    if len(report.bad) > BAD_SHOWN:
+        typer.echo(f"… and {len(report.bad) - BAD_SHOWN} more", err=True)
+    if as_json:
+        print_json(
+            {
+                "collection": str(report.path),
+                "added": report.added,
+                "replaced": report.replaced,
+                "bad": [{"path": one.path, "reason": one.reason} for one in report.bad],
+                "seconds": round(report.seconds, 3),
+                "index": dict(report.index),
+            }
+        )
+        return
+    typer.echo(report.source)
+    skipped = f", {len(report.bad)} unreadable skipped" if report.bad else ""
+    typer.echo(
+        f"{report.path}: {report.added:,} added, {report.replaced:,} replaced{skipped}, "
+        f"{report.images_per_second:,.0f}/s"
+    )
+    if report.index:
+        typer.echo(describe_index(report.index))
+
+
+def describe_index(built: Any) -> str:
+    """One line about a built index and what was measured."""
+    measured = built.get("measured")
+    if built["exact"]:
+        quality = "exact"
+    elif measured:
+        quality = f"recall@10 {measured['recall_at_10']:.4f} over {measured['queries']} held-out queries"
+    else:
+        quality = "approximate, recall not measured"
+    return (
+        f"index {built['kind']} over {built['count']:,} items: {quality}, built in {built['seconds']:.1f} s"
+    )
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))

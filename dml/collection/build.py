@@ -1,0 +1,472 @@
+"""From a folder, a manifest or finished embeddings to a collection: embed, add, index, put into place."""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dml.collection import create_collection, is_collection, open_collection
+from dml.collection.base import NewItem
+from dml.collection.local import LOCK, LocalCollection, check_kind
+from dml.collection.lock import WriterLock
+from dml.collection.manifest import read_manifest
+from dml.errors import (
+    CollectionError,
+    DataError,
+    ImageNotKept,
+    ModelMismatch,
+    StorageError,
+    TooManyBadImages,
+)
+from dml.imaging import IMAGE_SUFFIXES, BadImage
+from dml.index.file import sync_folder
+
+if TYPE_CHECKING:
+    from dml.data.table import ImageTable, Record
+    from dml.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+COMMIT_EVERY = 512  # items
+MAIN_ROOT = "files"
+"""Name of the folder that a collection was built from, among its roots."""
+
+Progress = Callable[[int, int, int], None]
+"""Told (done, all, bad) pictures after each batch."""
+
+
+@dataclass
+class Report:
+    """What an import did."""
+
+    path: Path
+    added: int = 0
+    replaced: int = 0
+    bad: list[BadImage] = field(default_factory=list)
+    seconds: float = 0.0
+    index: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what `build_index` says; {} when it was not asked for
+    source: str = ""  # what was recognised, for people
+
+    @property
+    def images_per_second(self) -> float:
+        return (self.added + self.replaced) / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures become items."""
+
+    store: bool = False
+    """Keep the bytes of the pictures in the collection; else they are referred to where they lie."""
+    batch_size: int = 64
+    workers: int = 2
+    """Threads that decode pictures."""
+    max_bad_share: float = 0.05
+    """More unreadable pictures than this share of all make the import fail."""
+
+
+def build_collection(
+    source: str | Path,
+    out: str | Path,
+    *,
+    encoder: "Encoder | None" = None,
+    name: str | None = None,
+    kind: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    measure: bool = True,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Make a collection of a folder, a manifest, or a folder of embeddings made by `dml embed`.
+
+    A new collection is made beside `out` and renamed when it is complete: until then, and after any failure
+    or Ctrl-C, `out` is as it was. If `out` already is a collection of the same encoder, the items are added
+    to it (each batch is durable by itself) and its index is built anew.
+
+    Args:
+        encoder: for pictures; embeddings need none, but take along the one that is given.
+        name: of a new collection; defaults to the name of `out`.
+        kind, options, device: of the index, see `dml.index.make_index`; "auto" chooses by the count.
+        overwrite: replace the collection that is there.
+        measure: measure the recall of the index, see `LocalCollection.build_index`.
+
+    Raises:
+        DataError: nothing to import. TooManyBadImages: more than `settings.max_bad_share`.
+        CollectionError: `out` holds something else, or another collection and `overwrite` is not set.
+        ModelMismatch: the embeddings were made by another encoder.
+        StorageError: the disk is full or refuses.
+    """
+    source, out, settings = Path(source), Path(out).absolute(), settings or Settings()
+    check_kind(kind)
+    started = time.monotonic()
+    supply = open_supply(source, encoder, settings)
+    if goes_into(out, supply.fingerprint, overwrite=overwrite):
+        with open_collection(out, fingerprint=supply.fingerprint, device=device) as collection:
+            report = supply.pour(collection, progress)
+            report.index = collection.build_index(
+                None if kind == "auto" else kind, options=options, measure=measure
+            )
+    else:
+        report = build_aside(
+            supply,
+            out,
+            create={"name": name or out.name, "index": kind, "options": options, "device": device},
+            measure=measure,
+            progress=progress,
+        )
+    report.path, report.seconds = out, time.monotonic() - started
+    return report
+
+
+def add_to_collection(
+    collection: LocalCollection,
+    source: str | Path,
+    *,
+    encoder: "Encoder | None" = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Add a folder, a manifest, one picture or embeddings to a collection. Raises as `build_collection`."""
+    started = time.monotonic()
+    supply = open_supply(Path(source), encoder, settings or Settings())
+    report = supply.pour(collection, progress)
+    report.path, report.seconds = collection.path, time.monotonic() - started
+    return report
+
+
+def goes_into(out: Path, fingerprint: str, *, overwrite: bool) -> bool:
+    """True: add to the collection at `out`. False: make a new one. Raises CollectionError for neither."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not is_collection(out):
+        raise CollectionError(
+            f"{out} exists and is not a collection; give another --out. Nothing was changed."
+        )
+    if overwrite:
+        return False
+    there = read_manifest(out).fingerprint
+    if there == fingerprint:
+        return True
+    raise CollectionError(
+        f"{out} holds a collection of another encoder ({there[:12]}, not {fingerprint[:12]}). "
+        f"Give another --out, or --overwrite to replace it."
+    )
+
+
+def build_aside(
+    supply: "Supply",
+    out: Path,
+    *,
+    create: Mapping[str, Any],
+    measure: bool,
+    progress: Progress | None,
+) -> Report:
+    """Make a collection beside `out` and rename it when it is complete."""
+    aside = out.with_name(f".{out.name}.building")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if aside.is_dir():  # left by a build that was killed; one that still runs holds its lock
+            WriterLock(aside / LOCK).release()
+            shutil.rmtree(aside)
+        collection = create_collection(
+            aside,
+            dim=supply.dim,
+            fingerprint=supply.fingerprint,
+            roots={MAIN_ROOT: supply.root} if supply.root is not None else {},
+            encoder_info=supply.encoder_info,
+            **create,
+        )
+        try:
+            if supply.encoder_folder is not None:
+                copy_folder(supply.encoder_folder, aside / "encoder")
+            report = supply.pour(collection, progress)
+            report.index = collection.build_index(measure=measure)
+        finally:
+            collection.close()
+        put_into_place(aside, out)
+    except OSError as error:
+        raise StorageError(f"{out} could not be made: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(aside)
+    return report
+
+
+def put_into_place(aside: Path, out: Path) -> None:
+    """Rename a finished folder, moving away what is at `out`. Refused while somebody writes to that."""
+    if not out.exists():
+        os.rename(aside, out)
+    else:
+        old = out.with_name(f".{out.name}.replaced")
+        lock = WriterLock(out / LOCK) if is_collection(out) else None
+        try:
+            if old.exists():
+                shutil.rmtree(old)
+            os.rename(out, old)
+            try:
+                os.rename(aside, out)
+            except OSError:
+                os.rename(old, out)
+                raise
+        finally:
+            if lock is not None:
+                lock.release()
+        shutil.rmtree(old, ignore_errors=True)
+    sync_folder(out.parent)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy an encoder's files and flush them."""
+    shutil.copytree(source, target)
+    for path in target.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(target)
+
+
+# Where items come from
+
+
+class Supply:
+    """Items to import, with what is known about them as a whole."""
+
+    dim: int
+    fingerprint: str
+    root: Path | None = None
+    encoder_folder: Path | None = None
+    encoder_info: Mapping[str, Any] = {}
+
+    def pour(self, collection: LocalCollection, progress: Progress | None) -> Report:
+        """Add everything, a durable batch at a time."""
+        raise NotImplementedError
+
+
+def open_supply(source: Path, encoder: "Encoder | None", settings: Settings) -> Supply:
+    """Embeddings where the folder holds some, else pictures. Raises DataError, ModelMismatch."""
+    from dml.collection.embeddings import is_embeddings
+
+    if is_embeddings(source):
+        return EmbeddingsSupply(source, encoder, settings)
+    if encoder is None:
+        raise DataError(f"{source} holds no embeddings, so an encoder is needed: give --encoder RUN.")
+    return PictureSupply(source, encoder, settings)
+
+
+def describe_encoder(encoder: "Encoder") -> dict[str, Any]:
+    """What the collection's manifest says about its encoder."""
+    wanted = ("model", "image_size", "decoder", "created", "provenance", "agreement")
+    known = {key: encoder.manifest[key] for key in wanted if key in encoder.manifest}
+    return {"path": str(encoder.path), "runtime": encoder.runtime, "device": encoder.device, **known}
+
+
+class PictureSupply(Supply):
+    """Pictures of a folder or manifest, embedded on the way."""
+
+    def __init__(self, source: Path, encoder: "Encoder", settings: Settings) -> None:
+        self.encoder, self.settings = encoder, settings
+        self.table = open_pictures(source)
+        self.records = list(self.table.records)
+        self.root = common_root(self.table)
+        self.dim, self.fingerprint = encoder.dim, encoder.fingerprint
+        self.encoder_folder, self.encoder_info = encoder.path, describe_encoder(encoder)
+
+    def pour(self, collection: LocalCollection, progress: Progress | None) -> Report:
+        report = Report(collection.path, source=self.table.describe())
+        assert self.root is not None
+        prefix = settle_root(collection, self.root, store=self.settings.store)
+        ids = item_ids(self.records, self.root)
+        total = len(self.records)
+        limit = int(self.settings.max_bad_share * total)
+
+        def items() -> Iterator[NewItem]:
+            stream = self.encoder.embed_stream(
+                self.records,
+                batch_size=self.settings.batch_size,
+                workers=self.settings.workers,
+                bad=report.bad,
+            )
+            for batch in stream:
+                for position, vector in zip(batch.indices.tolist(), batch.vectors, strict=True):
+                    record = self.records[position]
+                    try:
+                        image = record.path.read_bytes() if self.settings.store else None
+                    except OSError as error:  # it was readable a moment ago
+                        report.bad.append(BadImage(str(record.path), str(error.strerror or error)))
+                        continue
+                    yield NewItem(
+                        prefix + ids[position],
+                        vector,
+                        payload_of(record),
+                        image=image,
+                        file=None if self.settings.store else record.path,
+                    )
+                check_bad(report.bad, limit, total, self.settings.max_bad_share)
+                if progress is not None and len(batch.indices):
+                    progress(int(batch.indices[-1]) + 1, total, len(report.bad))
+
+        add_in_batches(collection, items(), report, self.fingerprint)
+        check_bad(report.bad, limit, total, self.settings.max_bad_share)
+        if not report.added + report.replaced:
+            raise DataError(f"None of the {total} pictures of {self.table.name} can be read.")
+        return report
+
+
+class EmbeddingsSupply(Supply):
+    """Vectors and ids that `dml embed` wrote."""
+
+    def __init__(self, source: Path, encoder: "Encoder | None", settings: Settings) -> None:
+        from dml.collection.embeddings import read_embeddings
+
+        self.embeddings = read_embeddings(source)
+        self.settings = settings
+        self.dim, self.fingerprint = self.embeddings.vectors.shape[1], self.embeddings.fingerprint
+        if encoder is not None:
+            if encoder.fingerprint != self.fingerprint:
+                raise ModelMismatch(
+                    f"The embeddings in {source} were made by the encoder {self.fingerprint[:12]}, not by "
+                    f"{encoder.fingerprint[:12]}. Embed again, or give the encoder that made them."
+                )
+            self.encoder_folder, self.encoder_info = encoder.path, describe_encoder(encoder)
+        self.root = self.embeddings.root if self.embeddings.root and self.embeddings.root.is_dir() else None
+
+    def pour(self, collection: LocalCollection, progress: Progress | None) -> Report:
+        total = len(self.embeddings.ids)
+        report = Report(collection.path, source=f"{total:,} embeddings of {self.dim} numbers")
+        if not total:
+            raise DataError("There are no embeddings to import.")
+        if self.root is not None:
+            settle_root(collection, self.root, store=self.settings.store)
+
+        def items() -> Iterator[NewItem]:
+            for position, id in enumerate(self.embeddings.ids):
+                vector, payload = self.embeddings.vectors[position], self.embeddings.payloads[position]
+                file = None if self.root is None else self.root / id
+                there = file is not None and file.is_file()
+                image = file.read_bytes() if there and file is not None and self.settings.store else None
+                yield NewItem(
+                    id, vector, payload, image=image, file=file if there and not self.settings.store else None
+                )
+                if progress is not None and (position + 1) % COMMIT_EVERY == 0:
+                    progress(position + 1, total, 0)
+
+        add_in_batches(collection, items(), report, self.fingerprint)
+        return report
+
+
+def open_pictures(source: Path) -> "ImageTable":
+    """A folder, a manifest, or one picture as a table."""
+    from dml.data.table import ImageTable, Record, open_table
+
+    if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+        return ImageTable(source.name, source.parent, "one picture", (Record(source, None),), ())
+    return open_table(source)
+
+
+def common_root(table: "ImageTable") -> Path:
+    """The folder that all pictures lie below: the table's own, or else the deepest one that holds them all."""
+    root = Path(os.path.abspath(table.root))
+    paths = [Path(os.path.abspath(record.path)) for record in table.records]
+    if all(path.is_relative_to(root) for path in paths):
+        return root
+    return Path(os.path.commonpath([str(path.parent) for path in paths]))
+
+
+def settle_root(collection: LocalCollection, root: Path, *, store: bool) -> str:
+    """Make sure that pictures below `root` can be referred to; what their ids start with.
+
+    Below a root that the collection knows, ids go on being relative to that root, so that the same file has
+    the same id however it is named. A folder elsewhere gets its own name as a prefix.
+    """
+    known = {name: Path(path) for name, path in collection.manifest.roots.items()}
+    for path in known.values():
+        if root == path:
+            return ""
+        if root.is_relative_to(path):
+            return root.relative_to(path).as_posix() + "/"
+    if not known and (store or not len(collection)):
+        collection.set_root(MAIN_ROOT, root)
+        return ""
+    name, number = root.name or "root", 2
+    while name in known:
+        name, number = f"{root.name}-{number}", number + 1
+    collection.set_root(name, root)
+    return f"{name}/"
+
+
+def item_ids(records: Sequence["Record"], root: Path) -> list[str]:
+    """POSIX paths relative to the root; a box makes rows of the same picture distinct."""
+    ids, seen = [], set()
+    for record in records:
+        id = Path(os.path.abspath(record.path)).relative_to(root).as_posix()
+        if id in seen and record.box is not None:
+            id += "#" + ",".join(map(str, record.box))
+        seen.add(id)
+        ids.append(id)
+    return ids
+
+
+def payload_of(record: "Record") -> dict[str, Any]:
+    """What is known about a picture: its manifest's columns, label, split, role and box."""
+    known = {"label": record.label, "split": record.split, "role": record.role}
+    box = {} if record.box is None else {"box": list(record.box)}
+    return {**record.payload, **{k: v for k, v in known.items() if v is not None}, **box}
+
+
+def check_bad(bad: Sequence[BadImage], limit: int, total: int, share: float) -> None:
+    """Stop when too many pictures cannot be read. Raises TooManyBadImages naming the first ones."""
+    if len(bad) <= limit:
+        return
+    first = "\n".join(f"  {one.path}: {one.reason}" for one in bad[:5])
+    raise TooManyBadImages(
+        f"{len(bad)} of {total} pictures cannot be read, and the limit is {share:.0%} of them. "
+        f"The first:\n{first}\n"
+        f"`dml data check` lists all. Mend them, or allow more with --max-bad 0.5."
+    )
+
+
+def keep_what_is_known(collection: LocalCollection, batch: list[NewItem]) -> None:
+    """Items that are replaced keep what their payload said, where the source says nothing (a label)."""
+    there = collection.find([item.id for item in batch])
+    for position, item in enumerate(batch):
+        if item.id in there:
+            batch[position] = replace(item, payload={**there[item.id].payload, **item.payload})
+
+
+def add_in_batches(
+    collection: LocalCollection, items: Iterable[NewItem], report: Report, fingerprint: str
+) -> None:
+    """Add items, `COMMIT_EVERY` at a time, counting into the report."""
+    batch: list[NewItem] = []
+
+    def count(created: list[bool]) -> None:
+        report.added += sum(created)
+        report.replaced += len(created) - sum(created)
+
+    def commit() -> None:
+        keep_what_is_known(collection, batch)
+        try:
+            count(collection.add(batch, fingerprint=fingerprint))
+        except ImageNotKept:  # a file went away between embedding and adding: find out which
+            for item in batch:
+                try:
+                    count(collection.add([item], fingerprint=fingerprint))
+                except ImageNotKept as error:
+                    report.bad.append(BadImage(str(item.file), str(error)))
+        batch.clear()
+
+    for item in items:
+        batch.append(item)
+        if len(batch) >= COMMIT_EVERY:
+            commit()
+    if batch:
+        commit()
