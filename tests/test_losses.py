@@ -1,4 +1,4 @@
-"""What every loss must do, and what each is worth by hand. A new entry in LOSSES is tested without a new line."""
+"""What every loss must do, and what each is worth by hand. A new entry in LOSSES needs no line here."""
 
 import math
 
@@ -50,7 +50,7 @@ def batch():
     return torch.randn(12, 16, dtype=torch.float64, requires_grad=True), torch.arange(12) // 3
 
 
-# ---------------------------------------------------------------------------------------------- laws of every loss
+# -------- laws of every loss
 
 
 @every_name
@@ -71,7 +71,9 @@ def test_every_loss_is_described_in_one_line():
 
 
 @every_pair_loss
-@pytest.mark.parametrize("labels", [[7], [3, 3, 3, 3], [0, 1, 2, 3]], ids=["one image", "one class", "singletons"])
+@pytest.mark.parametrize(
+    "labels", [[7], [3, 3, 3, 3], [0, 1, 2, 3]], ids=["one image", "one class", "singletons"]
+)
 def test_a_batch_without_both_kinds_of_pairs_has_a_finite_gradient(make_loss, labels):
     embeddings = torch.randn(len(labels), 8, requires_grad=True)
     value = make_loss()(embeddings, torch.tensor(labels))
@@ -137,7 +139,7 @@ def test_the_batch_given_as_candidates_with_ids_is_the_batch_itself(make_loss, b
 
 @every_pair_loss
 def test_a_candidate_with_the_anchors_id_is_never_its_pair(make_loss, batch):
-    """Own copies under another label and at any similarity must not move anything, mining thresholds included."""
+    """Own copies under another label and at any similarity move nothing, mining thresholds included."""
     embeddings, labels = batch
     loss, ids = make_loss(), torch.arange(12)
     anchor = embeddings[:1]
@@ -151,13 +153,15 @@ def test_a_candidate_with_the_anchors_id_is_never_its_pair(make_loss, batch):
 
 
 def test_only_the_own_copy_would_move_the_mining_threshold():
-    # Anchor at 0°. Its class: 20°. Others: 40° (mined only if a positive is farther). Own copy at 60°, same class.
+    # Anchor at 0°, its class at 20°, another at 40°: hard only beside a farther positive, the own copy at 60°.
     angles = torch.tensor([0.0, 20.0, 40.0, 60.0], dtype=torch.float64).deg2rad()
     rows = torch.stack([angles.cos(), angles.sin()], dim=1)
     labels, ids = torch.tensor([0, 0, 1, 0]), torch.tensor([10, 11, 12, 10])
     loss = MultiSimilarityLoss(epsilon=0.1)
     own = loss(rows[:1], labels[:1], None, rows, labels, ids=ids[:1], ref_ids=ids)
-    stranger = loss(rows[:1], labels[:1], None, rows, labels, ids=ids[:1], ref_ids=torch.tensor([10, 11, 12, 13]))
+    stranger = loss(
+        rows[:1], labels[:1], None, rows, labels, ids=ids[:1], ref_ids=torch.tensor([10, 11, 12, 13])
+    )
     assert own == 0
     assert stranger > 0
 
@@ -210,7 +214,9 @@ def test_half_precision_and_autocast_are_computed_in_float32(make_loss, batch):
 def test_gradients_agree_with_finite_differences(make_loss, batch):
     embeddings, labels = batch
     loss = make_loss()
-    assert torch.autograd.gradcheck(lambda rows: loss(rows, labels), (embeddings,), eps=1e-7, atol=1e-4, rtol=1e-3)
+    assert torch.autograd.gradcheck(
+        lambda rows: loss(rows, labels), (embeddings,), eps=1e-7, atol=1e-4, rtol=1e-3
+    )
 
 
 @every_pair_loss
@@ -232,7 +238,7 @@ def test_mismatched_inputs_are_refused_with_their_shapes(make_loss):
         loss(rows, labels, None, rows.clone(), F.one_hot(labels))
 
 
-# ----------------------------------------------------------------------------------------------------- the kernel
+# -------- the kernel
 
 
 def test_unit_rows_is_exact_and_leaves_zeros_alone():
@@ -273,7 +279,7 @@ def test_rows_of_one_image_repeated_in_a_batch_are_no_pairs():
     assert pairs.positive.int().tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
 
 
-# ------------------------------------------------------------------------------------------------- values by hand
+# -------- values by hand
 
 
 @pytest.mark.parametrize(
@@ -358,7 +364,12 @@ def test_one_bayesian_positive_is_a_softplus(s, expected):
 
 @pytest.mark.parametrize(
     ("s", "expected", "slope"),
-    [(0.90, 0.000045, 0.004540), (0.95, 0.006715, 0.669285), (0.98, 0.126928, 11.920292), (0.99, 0.313262, 26.894142)],
+    [
+        (0.90, 0.000045, 0.004540),
+        (0.95, 0.006715, 0.669285),
+        (0.98, 0.126928, 11.920292),
+        (0.99, 0.313262, 26.894142),
+    ],
 )
 def test_one_bayesian_negative_is_a_steep_softplus(s, expected, slope):
     value, grad = anchor_at_zero([0.5], [s], ContrastiveBayesianLoss(variance_weight=0))
@@ -366,9 +377,13 @@ def test_one_bayesian_negative_is_a_steep_softplus(s, expected, slope):
     assert grad[1] == pytest.approx(slope, abs=1e-5)
 
 
-@pytest.mark.parametrize(("form", "expected"), [("log", 1.112067), ("sqrt", 1.743742), ("constant", 1.510159)])
+@pytest.mark.parametrize(
+    ("form", "expected"), [("log", 1.112067), ("sqrt", 1.743742), ("constant", 1.510159)]
+)
 def test_the_forms_of_two_positives_by_hand(form, expected):
-    value, _ = anchor_at_zero([0.3, 0.8], [0.0], ContrastiveBayesianLoss(form=form, margin=5, variance_weight=0))
+    value, _ = anchor_at_zero(
+        [0.3, 0.8], [0.0], ContrastiveBayesianLoss(form=form, margin=5, variance_weight=0)
+    )
     without_negatives = {"log": 0.0, "sqrt": 1.0, "constant": 1.0}[form]
     assert value - without_negatives == pytest.approx(expected, abs=1e-6)
 
@@ -424,7 +439,9 @@ def test_a_well_separated_batch_costs_bayesian_loss_nothing():
 def test_a_tight_bayesian_scale_does_not_overflow():
     rows, labels = torch.randn(12, 4, requires_grad=True), torch.arange(12) // 3
     for form in ("log", "sqrt", "constant"):
-        loss = ContrastiveBayesianLoss(form=form, positive_scale=1e-3, negative_center=0.0, negative_scale=1e-3)
+        loss = ContrastiveBayesianLoss(
+            form=form, positive_scale=1e-3, negative_center=0.0, negative_scale=1e-3
+        )
         value = loss(rows, labels)
         (grad,) = torch.autograd.grad(value, rows)
         assert value.isfinite()
@@ -443,7 +460,7 @@ def test_cross_entropy_is_the_one_of_torch_on_its_own_classifier():
         loss(rows, F.one_hot(labels))
 
 
-# ---------------------------------------------------------------------------------------------- settings and names
+# -------- settings and names
 
 
 @pytest.mark.parametrize(

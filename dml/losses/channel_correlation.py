@@ -148,16 +148,19 @@ def class_means(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def squared_distances(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`means` of the squared distances without forming them: O(N C).
 
-    Over ordered pairs, Σ |a_i - a_j|² of a group of n rows with mean ā is 2 n Σ |a_i - ā|².
+    With S_k = Σ |a_i - ā_k|² over the n_k rows of class k, the sum over its ordered pairs is 2 n_k S_k, and
+    over those of two classes twice n_l S_k + n_k S_l + n_k n_l |ā_k - ā_l|². Nothing is subtracted.
     """
     centers, sizes, place = class_means(rows, labels)
     n = len(rows)
     scatter = (rows - centers[place]).square().sum(dim=1)
-    within = 2 * (sizes[place].to(rows.dtype) * scatter).sum()
-    everything = 2 * n * (rows - rows.mean(dim=0, keepdim=True)).square().sum()
+    own, weight = sizes[place].to(rows.dtype), sizes.to(rows.dtype)
+    within = 2 * (own * scatter).sum()
+    apart = (weight * (centers - rows.mean(dim=0, keepdim=True)).square().sum(dim=1)).sum()
+    between = 2 * ((n - own) * scatter).sum() + 2 * n * apart
     pairs_within = (sizes * (sizes - 1)).sum()
     pairs_between = n * n - sizes.square().sum()
-    return within / pairs_within.clamp_min(1), (everything - within) / pairs_between.clamp_min(1)
+    return within / pairs_within.clamp_min(1), between / pairs_between.clamp_min(1)
 
 
 def center_distances(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
