@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from dml.config import DataConfig, load_recipe
 from dml.data.reading import batches_of, check_share
 from dml.data.split import Splits, divide
 from dml.data.table import ImageTable, Record, open_table
+from dml.encoder import Encoder, find_encoder
 from dml.errors import DataError, UsageError
 from dml.imaging import BadImage
 from dml.metrics import (
@@ -30,24 +31,12 @@ from dml.metrics import (
     retrieval_metrics,
 )
 
-SplitName = Literal["test", "validation", "all"]
-SPLITS: tuple[SplitName, ...] = ("test", "validation", "all")
+
+SPLITS = ("test", "validation", "all")
 
 Vectors = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
-
-
-class EmbedsPictures(Protocol):
-    """What an evaluation needs of an encoder; `dml.encoder.Encoder` is one."""
-
-    fingerprint: str
-    dim: int
-    preprocess: Any
-    manifest: Any
-    runtime: str
-
-    def embed_arrays(self, arrays: Vectors, /) -> Vectors: ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +143,7 @@ class Evaluation:
 
 
 def evaluate(
-    encoder: EmbedsPictures,
+    encoder: Encoder,
     selection: Selection,
     *,
     ks: Sequence[int] = (1, 2, 4, 8),
@@ -242,7 +231,7 @@ def measure(
 
 
 def embed(
-    encoder: EmbedsPictures,
+    encoder: Encoder,
     records: Sequence[Record],
     *,
     batch_size: int = 64,
@@ -265,7 +254,7 @@ def embed(
     return tuple(kept), vectors
 
 
-def choose(run: Path, data: str = "", *, split: SplitName = "test") -> Selection:
+def choose(run: Path, data: str = "", *, split: str = "test") -> Selection:
     """Which pictures to measure.
 
     Without `data`: the split of the run, exactly as it was divided for training. With `data`: its own test
@@ -295,7 +284,7 @@ def choose(run: Path, data: str = "", *, split: SplitName = "test") -> Selection
     return _of_table(table, split, run)
 
 
-def load_selection(table: ImageTable, *, split: SplitName = "all", protocol: str = "untrained") -> Selection:
+def load_selection(table: ImageTable, *, split: str = "all", protocol: str = "untrained") -> Selection:
     """All labelled pictures of a table, or one of its own splits; a query and a gallery where it has them."""
     labelled = tuple(r for r in table.records if r.label is not None)
     if not labelled:
@@ -313,7 +302,7 @@ def load_selection(table: ImageTable, *, split: SplitName = "all", protocol: str
     return Selection(table.name, split, protocol, of_split, None)
 
 
-def _of_splits(splits: Splits, split: SplitName, *, source: str) -> Selection:
+def _of_splits(splits: Splits, split: str, *, source: str) -> Selection:
     common: dict[str, Any] = {"protocol": splits.protocol, "digest": splits.digest, "notes": splits.notes}
     if split == "all":
         raise UsageError(
@@ -328,7 +317,7 @@ def _of_splits(splits: Splits, split: SplitName, *, source: str) -> Selection:
     return Selection(source, split, query=splits.test, gallery=None, **common)
 
 
-def _of_table(table: ImageTable, split: SplitName, run: Path) -> Selection:
+def _of_table(table: ImageTable, split: str, run: Path) -> Selection:
     """The test pictures of data that the run does not know, or all of it."""
     protocol = protocol_of(run, table)
     has_splits = any(r.split or r.role for r in table.records)
@@ -354,8 +343,6 @@ def _of_table(table: ImageTable, split: SplitName, run: Path) -> Selection:
 
 def protocol_of(run: Path, table: ImageTable) -> str:
     """open-set: the encoder was trained on none of these classes; closed-set: on some; untrained: on none."""
-    from dml.encoder.artifact import find_encoder
-
     manifest = json.loads((find_encoder(run) / "manifest.json").read_text(encoding="utf-8"))
     trained = set(manifest.get("classes") or ())
     if not trained:
