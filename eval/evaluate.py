@@ -31,7 +31,6 @@ from dml.metrics import (
     retrieval_metrics,
 )
 
-
 SPLITS = ("test", "validation", "all")
 
 Vectors = NDArray[np.float32]
