@@ -7,6 +7,7 @@ from dml.encoder.artifact import (
     export_encoder,
     save_encoder,
 )
+from dml.encoder.embeddings import Embeddings, embed_table, is_embeddings, open_embeddings
 from dml.encoder.encoder import EmbeddedBatch, EmbeddedFiles, Encoder
 from dml.encoder.manifest import find_encoder, is_encoder
 from dml.encoder.preprocess import Preprocess
@@ -14,13 +15,17 @@ from dml.encoder.preprocess import Preprocess
 __all__ = [
     "EmbeddedBatch",
     "EmbeddedFiles",
+    "Embeddings",
     "Encoder",
     "EncoderReport",
     "Preprocess",
     "check_encoder",
     "create_encoder",
+    "embed_table",
     "export_encoder",
     "find_encoder",
+    "is_embeddings",
     "is_encoder",
+    "open_embeddings",
     "save_encoder",
 ]

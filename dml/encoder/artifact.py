@@ -4,7 +4,6 @@ torch is imported inside the functions that write; reading an encoder (`dml.enco
 """
 
 import json
-import os
 import platform
 import secrets
 import shutil
@@ -12,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from errno import EDQUOT, ENOSPC
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,7 +39,8 @@ from dml.encoder.manifest import (
     verify_file,
 )
 from dml.encoder.preprocess import Preprocess
-from dml.errors import EncoderError, MissingExtra, StorageError
+from dml.encoder.storage import flush_to_disk, storage_errors
+from dml.errors import EncoderError, MissingExtra
 
 if TYPE_CHECKING:
     from torch import nn
@@ -195,36 +194,20 @@ def written_aside(out: Path) -> Iterator[Path]:
     mark = secrets.token_hex(4)
     aside, old = (out.parent / f".{out.name}.{mark}.{kind}" for kind in ("part", "old"))
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        for file in [*aside.iterdir(), aside]:
-            flush_to_disk(file)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-        flush_to_disk(out.parent)
-    except OSError as error:
-        if error.errno in (ENOSPC, EDQUOT):
-            raise StorageError(
-                f"The disk is full: {out} could not be written. Free some space and repeat."
-            ) from error
-        raise StorageError(f"{out} cannot be written: {error.strerror or error}") from error
+        with storage_errors(out):
+            aside.mkdir(parents=True)
+            yield aside
+            for file in [*aside.iterdir(), aside]:
+                flush_to_disk(file)
+            if out.exists():
+                out.rename(old)
+            aside.rename(out)
+            flush_to_disk(out.parent)
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder, so that a power cut after the rename loses nothing."""
-    if path.is_dir() and platform.system() == "Windows":
-        return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True)

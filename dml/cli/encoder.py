@@ -1,0 +1,231 @@
+"""`dml encoder …`: make, export and check encoders; `dml embed`: turn pictures into vectors."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from dml.encoder import Encoder, EncoderReport
+
+Choice = TypeVar("Choice", bound=str)
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make, export and check encoders.")
+
+Source = Annotated[Path, typer.Argument(metavar="ENCODER", help="Encoder folder, run or collection.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@app.command()
+def create(
+    out: Annotated[Path, typer.Option(help="The encoder's folder.")],
+    trunk: Annotated[str, typer.Option(help='A timm model by its name, or "tiny".')] = "resnet50",
+    weights: Annotated[
+        str,
+        typer.Option(metavar="FILE|pretrained|none", help="safetensors file, timm's own, or random ones."),
+    ] = "pretrained",
+    image_size: Annotated[
+        int | None, typer.Option(min=16, help="Side in pixels. Default: what the weights were made for.")
+    ] = None,
+    fit: Annotated[str, typer.Option(help="How a picture becomes square: crop, pad or squash.")] = "crop",
+    dim: Annotated[
+        int | None, typer.Option(min=2, help="Project to this many dimensions. Default: the trunk's own.")
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="avg, max, avg+max or gem.")] = "avg",
+    seed: Annotated[int, typer.Option(help="Of random weights and of the projection.")] = 0,
+    format: Annotated[
+        str, typer.Option(help="onnx: weights and ONNX. safetensors: weights only, needs torch.")
+    ] = "onnx",
+    as_json: Json = False,
+) -> None:
+    """Make an encoder without training, so that any folder of pictures becomes searchable.
+
+    dml encoder create --trunk resnet50 --weights pretrained --out encoders/resnet50
+    """
+    from typing import get_args, get_type_hints
+
+    from dml.config import ModelConfig
+    from dml.encoder import create_encoder
+    from dml.encoder.preprocess import Fit
+
+    config = ModelConfig(
+        trunk=trunk,
+        pretrained=weights == "pretrained",
+        weights="" if weights in ("pretrained", "none") else weights,
+        pooling=one_of("--pooling", pooling, get_args(get_type_hints(ModelConfig)["pooling"])),
+    )
+    encoder = create_encoder(
+        config,
+        out,
+        image_size=image_size,
+        fit=one_of("--fit", fit, get_args(Fit)),
+        dim=dim,
+        seed=seed,
+        onnx=one_of("--format", format, ("onnx", "safetensors")) == "onnx",
+    )
+    if weights == "none":
+        typer.echo("Its weights are random: fine for trying things out, not for finding anything.", err=True)
+    show_encoder(encoder, as_json=as_json)
+
+
+@app.command()
+def export(
+    encoder: Source,
+    format: Annotated[
+        str, typer.Option(help="onnx: weights and ONNX. safetensors: weights only, needs torch.")
+    ] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="A new folder. Default: in place.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an encoder again from its weights, and check that ONNX Runtime and torch agree.
+
+    dml encoder export runs/shoes --out shoes.encoder
+    """
+    from dml.encoder import export_encoder
+
+    onnx = one_of("--format", format, ("onnx", "safetensors")) == "onnx"
+    show_encoder(export_encoder(encoder, out, onnx=onnx), as_json=as_json)
+
+
+@app.command()
+def check(encoder: Source, as_json: Json = False) -> None:
+    """Check an encoder's files, and run it with every runtime that is installed.
+
+    dml encoder check runs/shoes
+    """
+    from dml.encoder import check_encoder
+    from dml.errors import EncoderError
+
+    report = check_encoder(encoder)
+    show_report(report, as_json=as_json)
+    if not report.ok:
+        raise EncoderError(
+            f"{report.folder} has {len(report.problems)} problems:\n" + "\n".join(report.problems)
+        )
+
+
+def embed(
+    encoder: Source,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or manifest of pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the vectors.")],
+    format: Annotated[
+        str, typer.Option(help="npy: vectors.npy and items.csv. parquet: items.parquet.")
+    ] = "npy",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures embedded at once.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 2,
+    resume: Annotated[bool, typer.Option(help="Go on with what is at --out, or start anew.")] = True,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unreadable pictures that is still accepted.")
+    ] = 0.05,
+    runtime: Annotated[str, typer.Option(help="auto, onnx or torch.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the encoder on a CPU. Default: all cores.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a folder of pictures into vectors with ids; the same command goes on after an interruption.
+
+    dml embed runs/shoes photos/ --out vectors
+    """
+    from dml.data.table import open_table
+    from dml.encoder import Encoder
+    from dml.encoder.embeddings import embed_table
+
+    stored_as = one_of("--format", format, ("npy", "parquet"))
+    table = open_table(path)
+    loaded = Encoder.load(encoder, runtime=runtime, device=device, threads=threads)
+    typer.echo(f"{table.describe()}\n{loaded}", err=True)
+    with progress_bar() as bar:
+        task = bar.add_task("embedding", total=len(table.records))
+        result = embed_table(
+            loaded,
+            table,
+            out,
+            format=stored_as,
+            batch_size=batch,
+            workers=workers,
+            resume=resume,
+            max_bad_share=max_bad_share,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    for one in result.bad:
+        typer.echo(f"skipped: {one.reason}", err=True)
+    summary = {
+        "out": str(out),
+        "vectors": len(result),
+        "dim": loaded.dim,
+        "bad": len(result.bad),
+        "fingerprint": result.fingerprint,
+        "files": sorted(p.name for p in out.iterdir()),
+    }
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(summary))
+        return
+    typer.echo(f"{len(result):,} vectors of {loaded.dim} dimensions in {out} ({', '.join(summary['files'])})")
+    if result.bad:
+        typer.echo(f"{len(result.bad):,} pictures could not be read: {out / 'bad_images.csv'}")
+
+
+def one_of(option: str, value: str, allowed: Sequence[Choice]) -> Choice:
+    """`value` as one of the allowed ones. Raises UsageError."""
+    from dml.errors import UsageError
+
+    for choice in allowed:
+        if choice == value:
+            return choice
+    raise UsageError(f'{option} is one of {", ".join(allowed)}; got "{value}"')
+
+
+def progress_bar() -> "Progress":
+    """On stderr, with the time that is left; gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def show_encoder(encoder: "Encoder", *, as_json: bool) -> None:
+    """What was made, in a few lines or as JSON."""
+    agreement = encoder.manifest.get("agreement")
+    if as_json:
+        import json
+
+        shown = {"path": str(encoder.path), "fingerprint": encoder.fingerprint, "dim": encoder.dim}
+        typer.echo(json.dumps({**shown, "agreement": agreement, "preprocess": encoder.preprocess.as_json()}))
+        return
+    how = encoder.preprocess
+    typer.echo(f"{encoder.path}: {how.size} x {how.size} px ({how.fit}) to {encoder.dim} dimensions")
+    typer.echo(f"fingerprint {encoder.fingerprint}")
+    typer.echo(in_words(agreement) if agreement else "weights only: it runs with torch")
+
+
+def in_words(agreement: Mapping[str, float]) -> str:
+    """How well the runtimes agree."""
+    return (
+        f"ONNX Runtime and torch agree on {agreement['pictures']} pictures: lowest cosine "
+        f"{agreement['min_cosine']:.7f}, largest difference {agreement['max_abs_difference']:.1e}"
+    )
+
+
+def show_report(report: "EncoderReport", *, as_json: bool) -> None:
+    """What `dml encoder check` found, in a few lines or as JSON."""
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        typer.echo(json.dumps({**asdict(report), "folder": str(report.folder), "ok": report.ok}))
+        return
+    typer.echo(f"{report.folder}: {report.trunk}, {report.image_size} px to {report.dim} dimensions")
+    typer.echo(f"fingerprint {report.fingerprint}")
+    for kind, states in (("file", report.files), ("runtime", report.runtimes)):
+        for name, state in states.items():
+            typer.echo(f"{kind} {name}: {state}")
+    if report.measured:
+        typer.echo(in_words(report.measured))
