@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def draw_demo(
         raise DataError(f"at least 2 images per class of 32 pixels, got {images_per_class} of {size}")
     ranges = nuisances or Nuisances()
     parts = demo_products(seed=seed, classes=classes)
-    facts = {
+    facts: dict[str, Any] = {
         "format": 1,
         "seed": seed,
         "classes": classes,

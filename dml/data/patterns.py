@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-Plane = NDArray[np.float32]  # (H, W)
-Outline = NDArray[np.float32]  # (N, 2) x to the right, y down
+Plane = NDArray[np.floating]  # (H, W)
+Outline = NDArray[np.floating]  # (N, 2) x to the right, y down
 Pattern = Callable[[Plane, Plane, float, float], Plane]
 
 GOLDEN = 2.399963  # radians between neighbouring seeds of a sunflower: no two line up
@@ -258,6 +258,6 @@ PALETTES: Mapping[str, tuple[str, str, str]] = {
 """Name -> base, second colour, accent. Chosen by eye to go together."""
 
 
-def rgb(colour: str) -> NDArray[np.float32]:
+def rgb(colour: str) -> NDArray[np.floating]:
     """ "#rrggbb" to three numbers in [0, 1]."""
     return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.float32) / 255

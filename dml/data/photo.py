@@ -73,11 +73,11 @@ class Nuisances:
 class Pose:
     """Where the product is: product coordinates to pixels and back."""
 
-    forward: NDArray[np.float64]  # (3, 3)
+    forward: NDArray[np.floating]  # (3, 3)
     yaw: float  # radians
     side: int  # pixels
 
-    def to_frame(self, outline: Outline) -> NDArray[np.float64]:
+    def to_frame(self, outline: Outline) -> NDArray[np.floating]:
         x, y, w = self.forward[:, :2] @ outline.T + self.forward[:, 2:]
         return np.stack([x / w, y / w], axis=1)
 
@@ -296,7 +296,7 @@ def _cloud(rng: np.random.Generator, side: int, cells: int) -> Plane:
     return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def _tone(rng: np.random.Generator, value: Range, saturation: Range) -> NDArray[np.float32]:
+def _tone(rng: np.random.Generator, value: Range, saturation: Range) -> NDArray[np.floating]:
     """A colour of random hue."""
     hue, s, v = rng.uniform(0, 6), rng.uniform(*saturation), rng.uniform(*value)
     ramp = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
@@ -421,8 +421,8 @@ def _cast_shadow(picture: Frame, cover: Plane, pose: Pose, light: Light, *, stan
         columns = np.flatnonzero(cover[max(0, foot - side // 16) : foot + 1].max(axis=0) > 0.5)
         middle, half = (columns[0] + columns[-1]) / 2, max(4.0, (columns[-1] - columns[0]) / 2)
         for stretch, strength, soft in ((1.1, 0.5, 0.012), (1.8, 0.28, 0.035)):
-            spot = circle() * np.float32([half * stretch, 0.025 * side * stretch])
-            spot = spot + np.float32([middle - light.x * half * (stretch - 1), foot - 0.008 * side])
+            spot = circle() * points((half * stretch, 0.025 * side * stretch))
+            spot = spot + points((middle - light.x * half * (stretch - 1), foot - 0.008 * side))
             picture *= 1 - strength * _soften(_fill(side, spot), soft * side)[..., None]
         return
     shift = (round(0.03 * side), round(-light.x * 0.035 * side))

@@ -17,7 +17,7 @@ from dml.data.patterns import Outline, circle, points
 
 Paint = Literal["pattern", "base", "second", "accent", "wood", "dark", "paper", "metal"]
 Shade = Literal["round", "ball", "flat"]
-Frame = NDArray[np.float32]  # (S, S, 3) in [0, 1]
+Frame = NDArray[np.floating]  # (S, S, 3) in [0, 1]
 
 TEXTURES = ("smooth", "glossy", "woven", "grainy", "speckled")
 
@@ -65,27 +65,27 @@ class Shape:
 
 def smooth(*pairs: tuple[float, float], steps: int = 6) -> Outline:
     """A closed curve through the given points (Catmull-Rom)."""
-    p = np.array(pairs, dtype=np.float32)
-    before, after, beyond = np.roll(p, 1, 0), np.roll(p, -1, 0), np.roll(p, -2, 0)
+    p = points(*pairs)
+    return _spline(np.concatenate([p[-1:], p, p[:2]]), steps)
+
+
+def _spline(p: Outline, steps: int) -> Outline:
+    """`steps` points on each stretch of a Catmull-Rom curve; the outer two points only give directions."""
+    a, b, c, d = (p[i : len(p) - 3 + i, None] for i in range(4))
     t = np.linspace(0, 1, steps, endpoint=False, dtype=np.float32)[None, :, None]
-    a, b, c, d = (q[:, None] for q in (before, p, after, beyond))
     curve = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
     return curve.reshape(-1, 2)
 
 
 def turned(*profile: tuple[float, float], steps: int = 6) -> Outline:
     """The outline of a body of revolution from (radius, y) down its right side."""
-    p = np.array(profile, dtype=np.float32)
-    padded = np.concatenate([p[:1], p, p[-1:]])
-    t = np.linspace(0, 1, steps, endpoint=False, dtype=np.float32)[None, :, None]
-    a, b, c, d = (padded[i : len(p) - 1 + i, None] for i in range(4))
-    curve = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
-    right = np.concatenate([curve.reshape(-1, 2), p[-1:]])
-    return np.concatenate([right, right[::-1] * np.float32([-1, 1])])
+    p = points(*profile)
+    right = np.concatenate([_spline(np.concatenate([p[:1], p, p[-1:]]), steps), p[-1:]])
+    return np.concatenate([right, right[::-1] * points((-1, 1))])
 
 
 def ellipse(x: float, y: float, across: float, down: float) -> Outline:
-    return circle() * np.float32([across, down]) + np.float32([x, y])
+    return circle() * points((across, down)) + points((x, y))
 
 
 def box(left: float, top: float, right: float, bottom: float, corner: float = 0.03) -> Outline:
@@ -228,8 +228,8 @@ def shirt(a: float, b: float, c: float) -> list[Part]:
     low, sleeve = 0.4 + 0.06 * a, 0.05 + 0.3 * b
     body = points(
         (-0.13, -0.4), (0.13, -0.4), (0.25, -0.36), (0.46, -0.1 + sleeve), (0.34, -0.02 + sleeve),
-        (0.25, -0.12), (0.26, low), (-0.26, low), (-0.25, -0.12), (-0.34, -0.02 + sleeve), (-0.46, -0.1 + sleeve),
-        (-0.25, -0.36),
+        (0.25, -0.12), (0.26, low), (-0.26, low), (-0.25, -0.12), (-0.34, -0.02 + sleeve),
+        (-0.46, -0.1 + sleeve), (-0.25, -0.36),
     )  # fmt: skip
     neck = ellipse(0, -0.4, 0.13, 0.08 + 0.03 * c)
     cuffs = [
@@ -283,8 +283,8 @@ def cap(a: float, b: float, c: float) -> list[Part]:
 def sneaker(a: float, b: float, c: float) -> list[Part]:
     top = -0.16 - 0.1 * a
     upper = smooth(
-        (-0.45, 0.16), (-0.44, -0.05), (-0.42, top), (-0.22, top + 0.03), (-0.05, -0.03), (0.2, 0.04), (0.42, 0.1),
-        (0.47, 0.17), (0.4, 0.21), (-0.4, 0.21),
+        (-0.45, 0.16), (-0.44, -0.05), (-0.42, top), (-0.22, top + 0.03), (-0.05, -0.03), (0.2, 0.04),
+        (0.42, 0.1), (0.47, 0.17), (0.4, 0.21), (-0.4, 0.21),
     )  # fmt: skip
     toe = smooth((0.27, 0.06), (0.42, 0.1), (0.47, 0.18), (0.42, 0.21), (0.24, 0.21), (0.22, 0.14))
     laces = [
