@@ -373,7 +373,7 @@ def open_pictures(source: Path) -> "ImageTable":
 
 
 def common_root(table: "ImageTable") -> Path:
-    """The folder that all pictures lie below: the table's own, or else the deepest one that holds them all."""
+    """The folder that all pictures lie below: the table's own, or else the deepest that holds them."""
     root = Path(os.path.abspath(table.root))
     paths = [Path(os.path.abspath(record.path)) for record in table.records]
     if all(path.is_relative_to(root) for path in paths):

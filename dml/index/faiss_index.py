@@ -26,7 +26,7 @@ from dml.index.rows import Rows
 log = logging.getLogger(__name__)
 
 GPU_K_LIMIT = 2048
-"""faiss's GPU kernels select at most this many neighbours."""
+"""faiss's GPU kernels select at most this many neighbours, and look into at most this many cells."""
 
 FEW_ALLOWED = 4096
 """Up to this many allowed ids are compared one by one: quicker than a selector in a graph, and exact."""
@@ -264,6 +264,9 @@ class FaissIndex:
     def _has_flat_storage(self) -> bool:
         return True
 
+    def _cells(self) -> int:
+        return 1
+
     def _selector(self, slots: NDArray[np.int64] | None) -> tuple[Any, NDArray[np.uint8] | None]:
         """faiss's selector of the slots that may be returned, with the memory that it points into."""
         if slots is not None:
@@ -281,7 +284,7 @@ class FaissIndex:
     ) -> tuple[Vectors, NDArray[np.int64]] | None:
         """As on the CPU, but dead slots are fetched too and then hidden: GPU indexes take no selector."""
         dead = len(self.rows) - self.rows.live
-        if fetch + dead > GPU_K_LIMIT:
+        if fetch + dead > GPU_K_LIMIT or (exact and self._cells() > GPU_K_LIMIT):
             log.info(
                 "index %s: %d neighbours exceed the GPU's %d; compared on the CPU",
                 self.kind,
@@ -494,13 +497,16 @@ class FaissIvfIndex(FaissIndex):
         return engine
 
     def _parameters(self, fetch: int, effort: int, selector: Any) -> Any:
-        cells = min(effort, self.cells)
+        cells = min(effort, self.cells if self.device == "cpu" else min(self.cells, GPU_K_LIMIT))
         if selector is None:
             return self.faiss.SearchParametersIVF(nprobe=cells)
         return self.faiss.SearchParametersIVF(nprobe=cells, sel=selector)
 
     def _has_flat_storage(self) -> bool:
         return False  # looking into all cells is exact
+
+    def _cells(self) -> int:
+        return self.cells
 
     def _vectors_at(self, slots: NDArray[np.int64]) -> Vectors:
         return self._engine.reconstruct_batch(np.ascontiguousarray(slots, np.int64))
