@@ -18,7 +18,9 @@ from dml.collection.manifest import read_manifest
 from dml.errors import (
     CollectionError,
     DataError,
+    EncoderError,
     ImageNotKept,
+    MissingExtra,
     ModelMismatch,
     StorageError,
     TooManyBadImages,
@@ -253,7 +255,7 @@ class Supply:
 
 def open_supply(source: Path, encoder: "Encoder | None", settings: Settings) -> Supply:
     """Embeddings where the folder holds some, else pictures. Raises DataError, ModelMismatch."""
-    from dml.collection.embeddings import is_embeddings
+    from dml.encoder.embeddings import is_embeddings
 
     if is_embeddings(source):
         return EmbeddingsSupply(source, encoder, settings)
@@ -325,42 +327,60 @@ class EmbeddingsSupply(Supply):
     """Vectors and ids that `dml embed` wrote."""
 
     def __init__(self, source: Path, encoder: "Encoder | None", settings: Settings) -> None:
-        from dml.collection.embeddings import read_embeddings
+        from dml.encoder.embeddings import open_embeddings
 
-        self.embeddings = read_embeddings(source)
-        self.settings = settings
+        self.embeddings, self.settings = open_embeddings(source), settings
         self.dim, self.fingerprint = self.embeddings.vectors.shape[1], self.embeddings.fingerprint
-        if encoder is not None:
-            if encoder.fingerprint != self.fingerprint:
-                raise ModelMismatch(
-                    f"The embeddings in {source} were made by the encoder {self.fingerprint[:12]}, not by "
-                    f"{encoder.fingerprint[:12]}. Embed again, or give the encoder that made them."
-                )
+        if encoder is None:
+            encoder = encoder_at(Path(self.embeddings.manifest["encoder"]), self.fingerprint)
+        if encoder is None:
+            log.warning(
+                "the encoder of %s is not there, so pictures cannot be searched; give --encoder", source
+            )
+        elif encoder.fingerprint != self.fingerprint:
+            raise ModelMismatch(
+                f"The embeddings in {source} were made by the encoder {self.fingerprint[:12]}, not by "
+                f"{encoder.fingerprint[:12]}. Embed again, or give the encoder that made them."
+            )
+        else:
             self.encoder_folder, self.encoder_info = encoder.path, describe_encoder(encoder)
-        self.root = self.embeddings.root if self.embeddings.root and self.embeddings.root.is_dir() else None
+        self.root = self.embeddings.root if self.embeddings.root.is_dir() else None
 
     def pour(self, collection: LocalCollection, progress: Progress | None) -> Report:
-        total = len(self.embeddings.ids)
+        total = len(self.embeddings)
         report = Report(collection.path, source=f"{total:,} embeddings of {self.dim} numbers")
         if not total:
             raise DataError("There are no embeddings to import.")
-        if self.root is not None:
-            settle_root(collection, self.root, store=self.settings.store)
+        prefix = "" if self.root is None else settle_root(collection, self.root, store=self.settings.store)
 
         def items() -> Iterator[NewItem]:
-            for position, id in enumerate(self.embeddings.ids):
-                vector, payload = self.embeddings.vectors[position], self.embeddings.payloads[position]
-                file = None if self.root is None else self.root / id
-                there = file is not None and file.is_file()
-                image = file.read_bytes() if there and file is not None and self.settings.store else None
-                yield NewItem(
-                    id, vector, payload, image=image, file=file if there and not self.settings.store else None
-                )
-                if progress is not None and (position + 1) % COMMIT_EVERY == 0:
-                    progress(position + 1, total, 0)
+            for done, (item, vector) in enumerate(
+                zip(self.embeddings.items, self.embeddings.vectors, strict=True), start=1
+            ):
+                yield NewItem(prefix + item.id, vector, item.payload, **self._picture(item.path))
+                if progress is not None and (done % COMMIT_EVERY == 0 or done == total):
+                    progress(done, total, 0)
 
         add_in_batches(collection, items(), report, self.fingerprint)
         return report
+
+    def _picture(self, path: str) -> dict[str, Any]:
+        """The picture of an item, where it still lies below the root; else the item has a vector only."""
+        if self.root is None or not (self.root / path).is_file() or Path(path).is_absolute():
+            return {}
+        file = self.root / path
+        return {"image": file.read_bytes()} if self.settings.store else {"file": file}
+
+
+def encoder_at(path: Path, fingerprint: str) -> "Encoder | None":
+    """The encoder in a folder, if it is there, sound, and the one of this fingerprint."""
+    from dml.encoder import Encoder
+
+    try:
+        encoder = Encoder.load(path)
+    except (EncoderError, MissingExtra):
+        return None
+    return encoder if encoder.fingerprint == fingerprint else None
 
 
 def open_pictures(source: Path) -> "ImageTable":
@@ -404,12 +424,15 @@ def settle_root(collection: LocalCollection, root: Path, *, store: bool) -> str:
 
 
 def item_ids(records: Sequence["Record"], root: Path) -> list[str]:
-    """POSIX paths relative to the root; a box makes rows of the same picture distinct."""
+    """POSIX paths relative to the root; rows of the same picture differ by their box or a number."""
     ids, seen = [], set()
     for record in records:
-        id = Path(os.path.abspath(record.path)).relative_to(root).as_posix()
+        path = Path(os.path.abspath(record.path)).relative_to(root).as_posix()
+        id, number = path, 2
         if id in seen and record.box is not None:
-            id += "#" + ",".join(map(str, record.box))
+            id = f"{path}#{','.join(map(str, record.box))}"
+        while id in seen:
+            id, number = f"{path}#{number}", number + 1
         seen.add(id)
         ids.append(id)
     return ids
