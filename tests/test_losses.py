@@ -153,7 +153,7 @@ def test_a_candidate_with_the_anchors_id_is_never_its_pair(make_loss, batch):
 
 
 def test_only_the_own_copy_would_move_the_mining_threshold():
-    # Anchor at 0°, its class at 20°, another at 40°: hard only beside a farther positive, the own copy at 60°.
+    # Anchor at 0°, its class 20°, another 40°: hard only beside a farther positive, the own copy at 60°.
     angles = torch.tensor([0.0, 20.0, 40.0, 60.0], dtype=torch.float64).deg2rad()
     rows = torch.stack([angles.cos(), angles.sin()], dim=1)
     labels, ids = torch.tensor([0, 0, 1, 0]), torch.tensor([10, 11, 12, 10])

@@ -1,4 +1,4 @@
-"""Where pytorch-metric-learning has the loss, ours is equal to it; its others keep their documented values."""
+"""Where pytorch-metric-learning has the loss, ours equals it; its others keep their documented values."""
 
 import pytest
 import torch

@@ -160,7 +160,9 @@ def squared_distances(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     between = 2 * ((n - own) * scatter).sum() + 2 * n * apart
     pairs_within = (sizes * (sizes - 1)).sum()
     pairs_between = n * n - sizes.square().sum()
-    return within / pairs_within.clamp_min(1), between / pairs_between.clamp_min(1)
+    # With one class the between sum is a rounding error, which the ratio would magnify.
+    inter = torch.where(pairs_between > 0, between, 0) / pairs_between.clamp_min(1)
+    return within / pairs_within.clamp_min(1), inter
 
 
 def center_distances(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
