@@ -56,7 +56,7 @@ def read_manifest(path: Path) -> ImageTable:
         raise DataError(
             f"{path} has {len(problems):,} rows that cannot be used:\n  {shown}{more}\nCorrect these rows."
         )
-    _check_root(path, records)
+    check_some_exist(path, records)
     extra = [name for name in rows[0][1] if name not in _OWN]
     notes = (f"further columns kept as payload: {', '.join(extra)}",) if extra else ()
     layout = f"{path.suffix.lower().lstrip('.')} manifest"
@@ -132,14 +132,13 @@ def _without_split(records: Sequence[Record]) -> list[str]:
     return [f"{r.path.name}: no split, while other rows have one" for r in missing]
 
 
-def _check_root(path: Path, records: Sequence[Record], tries: int = 20) -> None:
+def check_some_exist(path: Path, records: Sequence[Record], tries: int = 20) -> None:
     """A single missing file is a bad picture like any other; when all are missing, the folder is wrong."""
     first = records[:tries]
     if not any(r.path.exists() for r in first):
         raise DataError(
             f"None of the first {len(first)} files of {path} exists, for instance {first[0].path}. Paths "
-            f"count from "
-            f"the manifest's folder: move it, or write absolute paths."
+            f"count from the folder that the list lies in: move it, or write absolute paths."
         )
 
 
