@@ -152,9 +152,7 @@ def download(
         typer.echo(f"    {line}")
     for part, (images, classes) in about.counts.items():
         typer.echo(f"  {part}: {images:,} images of {classes:,} classes")
-    typer.echo(
-        f"Then: dml data download {name} FOLDER checks it; use it as {name}:FOLDER wherever DATA is asked for."
-    )
+    typer.echo(f"`dml data download {name} FOLDER` checks it; give {name}:FOLDER wherever DATA is asked for.")
 
 
 @contextmanager

@@ -262,7 +262,7 @@ def _rows(names: NDArray, annotations: NDArray, path_field: str, folder: Path) -
 
 
 def _cars_csv(base: Path) -> list[tuple[Path, int, str]]:
-    """Rows fname, x1, y1, x2, y2, class; names.csv has one class per line, "/" in it became "-" in folders."""
+    """Rows fname, x1, y1, x2, y2, class; one class per line in names.csv, where folders have - for /."""
     names = (base / "names.csv").read_text(encoding="utf-8").splitlines()
     rows = []
     for part in ("train", "test"):

@@ -229,7 +229,7 @@ class TrainingBatches:
         yield from self._batches((rows, _seed(self.seed, number, step)) for step, rows in drawn)
 
     def sweep(self, number: int, *, size: int = 256) -> Iterator[Batch]:
-        """Every picture once, in the order of the records and augmented as in training, for statistics of the set.
+        """Every picture once, in order and augmented as in training, for statistics of the set.
 
         Raises:
             TooManyBadImages: as `epoch`.
