@@ -201,12 +201,16 @@ class Engine:
                 collections[collection.name] = collection
                 if encoder is not None:
                     encoders.setdefault(encoder.fingerprint, encoder)
-            engine = cls(collections, encoders.values(), settings=settings)
         except BaseException:
             for collection in collections.values():
                 collection.close()
             raise
-        engine.warm_up()
+        engine = cls(collections, encoders.values(), settings=settings)
+        try:
+            engine.warm_up()
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
     def warm_up(self) -> None:
@@ -412,7 +416,7 @@ class Engine:
         else:
             row = unit(vector, dim=collection.dim, where="the vector")  # type: ignore[arg-type]
         [created] = collection.add([NewItem(id, row, dict(payload or {}), image=image)])
-        return Written(id, created, collection.info().generation)
+        return Written(id, created, collection.get([id])[0].sequence)
 
     def update_payload(self, name: str, id: str, changes: Payload) -> Item:
         """Merge into the payload of an item; a value of None removes its key."""

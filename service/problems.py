@@ -119,7 +119,7 @@ CATALOGUE: dict[str, Kind] = {
             "Scale it down. The encoder sees a small square: a picture of 1000 pixels loses nothing.",
         ),
         Kind(
-            "unsupported-media", 415, "This is not a picture, or not a body, that is read here",
+            "unsupported-media", 415, "This kind of content is not read here",
             "The bytes sent as a picture are of no format that is read here, or the Content-Type is not"
             " one that the address takes.",
             "Send JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF; for bodies, the Content-Type named in the answer.",

@@ -2,10 +2,11 @@
 
 import ipaddress
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -69,14 +70,26 @@ def serve(
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                ws="none",
                 timeout_graceful_shutdown=GRACE_SECONDS,
                 lifespan="on",
             )
         )
-        with suppress(KeyboardInterrupt):  # uvicorn has finished in order and passes the signal on
+        with signals_only_end_the_server():
             server.run(sockets=[listening])
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def signals_only_end_the_server() -> Iterator[None]:
+    """uvicorn finishes in order, and then sends itself the signal again: the process would die of it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with suppress(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_address(host: str, *, insecure: bool) -> None:
@@ -142,7 +155,11 @@ def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     last = (
-        [structlog.dev.ConsoleRenderer(colors=target.isatty())]
+        [
+            structlog.dev.ConsoleRenderer(
+                colors=target.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
         if plain
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

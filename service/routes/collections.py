@@ -33,10 +33,8 @@ async def models(engine: Ready) -> Response:
 def model_answer(model: Model) -> dict[str, Any]:
     """An encoder as the API shows it; how it was trained, as far as its manifest says."""
     provenance = model.manifest.get("provenance") or {}
-    loss = provenance.get("loss")
-    if isinstance(loss, dict):
-        loss = loss.get("name")
-    trained_on = provenance.get("trained_on") or provenance.get("data")
+    loss = ((provenance.get("recipe") or {}).get("loss") or {}).get("name")
+    trained_on = provenance.get("trained_on")
     return {
         "id": model.fingerprint[:12],
         "fingerprint": model.fingerprint,

@@ -100,21 +100,29 @@ async def image(
     ] = None,
 ) -> Response:
     """The picture of an item."""
-    digest = await in_thread(request, lambda: engine.picture_digest(name, id))
-    tag = f'"{digest[:32]}-{settings.thumbnail_pixels}"' if size == "thumb" else f'"{digest[:32]}"'
+    held = request.headers.get("if-none-match", "")
+    variant = f"-{settings.thumbnail_pixels}" if size == "thumb" else ""
+
+    def fetch() -> tuple[str, bytes | None]:
+        digest = engine.picture_digest(name, id)
+        if tag_of(digest, variant) in held:
+            return digest, None
+        return digest, engine.thumbnail(name, id) if size == "thumb" else engine.picture(name, id)
+
+    digest, data = await in_thread(request, fetch)
     lasting = v is not None and len(v) >= 8 and digest.startswith(v)
-    headers = {"ETag": tag, "Cache-Control": FOREVER if lasting else "private, no-cache"}
-    if tag in request.headers.get("if-none-match", ""):
+    headers = {"ETag": tag_of(digest, variant), "Cache-Control": FOREVER if lasting else "private, no-cache"}
+    if data is None:
         return Response(status_code=304, headers=headers)
     headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
-    if size == "thumb":
-        data = await in_thread(request, lambda: engine.thumbnail(name, id))
-        return Response(data, media_type="image/jpeg", headers=headers)
-    data = await in_thread(request, lambda: engine.picture(name, id))
     kind = media_type(data)
     if kind not in SHOWN:
         headers["Content-Disposition"] = "attachment"
     return Response(data, media_type=kind or "application/octet-stream", headers=headers)
+
+
+def tag_of(digest: str, variant: str) -> str:
+    return f'"{digest[:32]}{variant}"'
 
 
 @router.put(

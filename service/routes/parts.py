@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from fastapi import Depends, Path, Request
 from pydantic import BaseModel, ValidationError
@@ -42,7 +42,7 @@ def engine_of(request: Request) -> Engine:
 
 def decoded(value: str) -> str:
     """A path parameter as the client meant it; see `service.middleware.single_segments`."""
-    return value.replace("%2F", "/").replace("%25", "%")
+    return unquote(value)
 
 
 def collection_name(collection: Annotated[str, Path(description="Name of a collection")]) -> str:

@@ -94,6 +94,12 @@ function thumb(item) {
   return frame;
 }
 
+/** The id without the folder that only repeats the label. */
+function shortId(item) {
+  const prefix = `${item.label}/`;
+  return item.id.startsWith(prefix) ? item.id.slice(prefix.length) : item.id;
+}
+
 function card(item, position) {
   const name = item.label ?? item.id;
   const scored = item.score !== undefined;
@@ -116,7 +122,7 @@ function card(item, position) {
       element("span", { class: "caption" }, element("span", { class: "label" }, name), element("span", { class: "score" }, score)),
       element("span", { class: "track", "aria-hidden": "true" }, fill),
     );
-    if (item.label) button.append(element("span", { class: "id" }, item.id));
+    if (item.label) button.append(element("span", { class: "id" }, shortId(item)));
   }
   button.addEventListener("click", () => follow({ kind: "item", id: item.id, label: item.label, image: item.image }));
   const entry = element("li", { class: "card" }, button);
@@ -145,7 +151,7 @@ function showProblem(error) {
   if (known && error.type) $("problem-type").href = local(error.type);
   $("problem-request").textContent = known && error.request_id ? `Request ${error.request_id}` : "";
   $("problem").hidden = false;
-  $("facts").textContent = "";
+  $("problem").scrollIntoView({ block: "nearest" });
   if (!known) throw error;
 }
 
@@ -165,25 +171,31 @@ function clear() {
 const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 
 function size(bytes) {
-  return bytes < 1024 * 1024 ? `${Math.max(1, Math.round(bytes / 1024))} KB` : `${(bytes / 1024 / 1024).toFixed(bytes % 1048576 ? 1 : 0)} MB`;
+  return bytes < 1024 * 1024 ? `${Math.max(1, Math.round(bytes / 1024))}\u00a0KB` : `${(bytes / 1024 / 1024).toFixed(bytes % 1048576 ? 1 : 0)}\u00a0MB`;
 }
 
 // Steps
 
 /** Begin a request that the next one cancels, and show bones if it takes longer than a blink. */
-function begin(bones) {
+function begin(bones, waits = () => {}) {
   state.asking?.abort();
   const asking = (state.asking = new AbortController());
   clear();
   $("grid").setAttribute("aria-busy", "true");
-  const waiting = setTimeout(() => showSkeletons(bones), 140);
-  return {
+  const asked = {
     signal: asking.signal,
+    waited: false,
     end() {
       clearTimeout(waiting);
       if (state.asking === asking) $("grid").removeAttribute("aria-busy");
     },
   };
+  const waiting = setTimeout(() => {
+    asked.waited = true;
+    waits();
+    showSkeletons(bones);
+  }, 140);
+  return asked;
 }
 
 async function search(step, offset, signal) {
@@ -198,12 +210,26 @@ async function search(step, offset, signal) {
   return ask(place(state.collection, "search", "image"), { method: "POST", body: form, signal });
 }
 
-/** A new step after the one that is shown; what came after that is forgotten. */
-function follow(step) {
-  state.trail = [...state.trail.slice(0, state.at + 1), step];
-  state.at = state.trail.length - 1;
-  history.pushState({ at: state.at, trail: state.trail.length }, "", addressOf(step));
-  showStep();
+/**
+ * A new step after the one that is shown; what came after that is forgotten. It joins the trail when it is answered: a
+ * picture that cannot be read leaves everything as it was, and a message.
+ */
+async function follow(step) {
+  const asked = begin(PAGE, () => drawStep(step));
+  try {
+    const found = await search(step, 0, asked.signal);
+    asked.end();
+    state.trail = [...state.trail.slice(0, state.at + 1), step];
+    state.at = state.trail.length - 1;
+    history.pushState({ at: state.at }, "", addressOf(step));
+    drawStep(step);
+    showHits(found);
+  } catch (error) {
+    asked.end();
+    if (error.name === "AbortError") return;
+    if (asked.waited) await (state.at < 0 ? showStart() : showStep());
+    showProblem(error);
+  }
 }
 
 function addressOf(step) {
@@ -253,16 +279,22 @@ function drawTrail() {
   $("steps").replaceChildren(...entries);
 }
 
-async function showStep() {
-  const step = state.trail[state.at];
+/** Everything about a step but its results. */
+function drawStep(step) {
   document.body.dataset.view = "results";
   $("query").hidden = false;
   $("results-title").textContent = "";
   $("facts").textContent = "Looking…";
   describe(step);
   drawTrail();
-  window.scrollTo({ top: 0 });
+  window.scrollTo({ top: 0, behavior: "instant" });
+}
+
+/** Search again for the step that the trail is at. */
+async function showStep() {
+  const step = state.trail[state.at];
   const asked = begin(PAGE);
+  drawStep(step);
   try {
     const found = await search(step, 0, asked.signal);
     asked.end();
@@ -277,7 +309,7 @@ async function showStep() {
 function showHits(found) {
   state.shown = found.hits.length;
   const took = found.took_ms < 10 ? found.took_ms.toFixed(1) : Math.round(found.took_ms);
-  $("facts").textContent = `${took} ms${found.approximate ? ", approximate" : ", exact"}`;
+  $("facts").textContent = `${took} ms· ${found.approximate ? "approximate" : "exact"} search`;
   $("results-title").textContent = found.hits.length ? `Nearest of ${plural(found.total, "picture", "pictures")}` : "";
   if (!found.hits.length) {
     showEmpty("Nothing to compare with", "This collection has no other picture yet.");
@@ -456,7 +488,7 @@ function listen() {
 function restart(name) {
   choose(name);
   state.at = -1;
-  history.pushState({ at: -1, trail: 0 }, "", addressOf(null));
+  history.pushState({ at: -1 }, "", addressOf(null));
   showStart();
 }
 
@@ -480,7 +512,7 @@ async function showItem(id) {
     const item = await ask(place(state.collection, "items", id));
     state.trail = [{ kind: "item", id, label: item.label, image: item.image }];
     state.at = 0;
-    history.replaceState({ at: 0, trail: 1 }, "", addressOf(state.trail[0]));
+    history.replaceState({ at: 0 }, "", addressOf(state.trail[0]));
     showStep();
   } catch (error) {
     await showStart();
@@ -499,7 +531,7 @@ async function main() {
       return;
     }
     state.collections = new Map(items.map((item) => [item.name, item]));
-    $("collection").replaceChildren(...items.map((item) => element("option", { value: item.name }, `${item.name} (${item.count.toLocaleString("en")})`)));
+    $("collection").replaceChildren(...items.map((item) => element("option", { value: item.name }, item.name)));
     $("collection").disabled = items.length < 2;
     $("switcher").hidden = false;
     const asked = decodeURIComponent(location.hash.slice(1).split("/")[0]);

@@ -1,0 +1,299 @@
+"""The engine without HTTP, and the two machines that keep the service upright."""
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving import ColourEncoder, colour_collection, jpeg
+
+from dml.collection import create_collection
+from dml.collection.base import NewItem
+from dml.errors import (
+    ConfigError,
+    DimensionMismatch,
+    InvalidImage,
+    ModelMismatch,
+    NotAvailable,
+    ReadOnly,
+    UnknownCollection,
+    UnknownItem,
+    UnsupportedImage,
+    UsageError,
+    VectorError,
+)
+from service.batching import Batcher, DeadlineExceeded, QueueFull, WorkerPool
+from service.engine import Engine, Query, Search, unit
+from service.pictures import media_type
+from service.settings import Settings
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = Engine({"colours": colour_collection(tmp_path / "colours")}, [ColourEncoder()])
+    yield engine
+    engine.close()
+
+
+def test_the_engine_works_without_a_server(engine):
+    answer = engine.search("colours", Search(Query(image=jpeg("gold", 6)), limit=5))
+    assert {hit.item.label for hit in answer.hits} == {"gold"}
+    written = engine.put("colours", "new", image=jpeg("gold", 6), payload={"label": "gold"})
+    assert written.created
+    again = engine.search("colours", Search(Query(image=jpeg("gold", 6)), limit=1))
+    assert again.hits[0].id == "new"
+    assert again.generation == written.generation > answer.generation
+    engine.delete("colours", "new")
+    with pytest.raises(UnknownItem, match="new"):
+        engine.delete("colours", "new")
+
+
+def test_what_a_caller_can_do_wrong_is_an_error_of_ours(engine):
+    with pytest.raises(UnknownCollection, match="There is: colours"):
+        engine.search("shoes", Search(Query(id="a")))
+    with pytest.raises(UsageError, match="either a picture or a vector"):
+        engine.put("colours", "a")
+    with pytest.raises(VectorError, match="nothing to look for"):
+        engine.search("colours", Search(Query()))
+    with pytest.raises(InvalidImage, match="0 bytes"):
+        engine.embed([b""])
+    with pytest.raises(UnsupportedImage, match="image 1"):
+        engine.embed([jpeg("red"), b"text"])
+    with pytest.raises(NotAvailable, match="no single model"):
+        engine.embed([jpeg("red")], model="feed")
+    engine.settings = Settings(read_only=True)
+    with pytest.raises(ReadOnly):
+        engine.put("colours", "a", image=jpeg("red"))
+
+
+def test_opposite_examples_leave_no_direction(tmp_path):
+    collection = create_collection(tmp_path / "two", dim=2, fingerprint="f", index="flat")
+    rows = {"east": [1.0, 0.0], "west": [-1.0, 0.0], "north": [0.0, 1.0]}
+    collection.add(NewItem(id, np.array(row, np.float32)) for id, row in rows.items())
+    engine = Engine({"two": collection})
+    with pytest.raises(VectorError, match="no direction"):
+        engine.search("two", Search(Query(positive=("east", "west"))))
+    answer = engine.search("two", Search(Query(id="north", negative=("west",)), limit=3))
+    assert [hit.id for hit in answer.hits] == ["east"]
+    assert answer.hits[0].score == pytest.approx(1 / np.sqrt(5))  # q = 2 (0, 1) - (-1, 0) = (1, 2)
+    engine.close()
+
+
+def test_an_engine_opens_collection_folders_with_their_encoder(tmp_path, tiny_encoder, tiny_folder):
+    from dml.encoder import Encoder
+
+    path = tmp_path / "shapes"
+    make_collection(path, tiny_encoder, tiny_folder)
+    engine = Engine.open([path], runtime="onnx")
+    try:
+        picture = (tiny_folder / "class_2" / "3.jpg").read_bytes()
+        answer = engine.search("shapes", Search(Query(image=picture), limit=3))
+        assert answer.hits[0].id == "class_2/3.jpg"
+        assert answer.hits[0].score == pytest.approx(1, abs=1e-4)
+        direct = Encoder.load(tiny_encoder, runtime="onnx").embed([picture])
+        _, served = engine.embed([picture])
+        np.testing.assert_allclose(served, direct, atol=1e-6)
+        assert engine.models()[0].input_size == 32
+    finally:
+        engine.close()
+
+
+def make_collection(path: Path, encoder: Path, pictures: Path) -> None:
+    """A collection as `dml index build` leaves it: with a copy of its encoder."""
+    import shutil
+
+    from dml.encoder import Encoder
+
+    loaded = Encoder.load(encoder, runtime="onnx")
+    collection = create_collection(path, dim=loaded.dim, fingerprint=loaded.fingerprint, index="flat")
+    files = sorted(pictures.rglob("*.jpg"))
+    vectors = loaded.embed(files)
+    collection.add(
+        NewItem(
+            file.relative_to(pictures).as_posix(),
+            vector,
+            {"label": file.parent.name},
+            image=file.read_bytes(),
+        )
+        for file, vector in zip(files, vectors, strict=True)
+    )
+    collection.close()
+    shutil.copytree(encoder, path / "encoder")
+
+
+def test_a_collection_with_another_encoder_inside_is_refused(tmp_path, tiny_encoder):
+    import shutil
+
+    colour_collection(tmp_path / "colours", pictures=1).close()
+    shutil.copytree(tiny_encoder, tmp_path / "colours" / "encoder")
+    with pytest.raises(ModelMismatch, match="cannot be compared"):
+        Engine.open([tmp_path / "colours"], runtime="onnx")
+
+
+def test_two_collections_of_one_name_are_refused_and_nothing_stays_open(tmp_path):
+    for parent in ("a", "b"):
+        colour_collection(tmp_path / parent / "same", pictures=1).close()
+    with pytest.raises(UsageError, match='called "same"'):
+        Engine.open([tmp_path / "a" / "same", tmp_path / "b" / "same"])
+    Engine.open([tmp_path / "a" / "same"]).close()  # the writer's lock is free again
+
+
+def test_concurrent_searches_and_writes_answer_as_one_by_one(engine, scale):
+    pictures = [jpeg(colour, number) for colour in ("red", "blue", "green") for number in range(8)]
+    alone = [engine.search("colours", Search(Query(image=p), limit=5)) for p in pictures]
+    sizes: list[int] = []
+    engine.observers.batch = sizes.append
+
+    def ask(number: int) -> bool:
+        position = number % len(pictures)
+        answer = engine.search("colours", Search(Query(image=pictures[position]), limit=5))
+        return [h.id for h in answer.hits] == [h.id for h in alone[position].hits]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(200 * scale)))
+    assert sum(sizes) == 200 * scale
+    assert max(sizes) <= engine.settings.max_batch
+
+
+# unit
+
+
+def test_a_vector_is_scaled_to_length_one_whatever_its_size():
+    for factor in (1.0, 1e-200, 1e200):
+        np.testing.assert_allclose(unit([3 * factor, 4 * factor], dim=2, where="v"), [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("vector", [[np.nan, 1], [np.inf, 1], [0, 0], [[1, 2]]])
+def test_vectors_without_a_direction_are_refused(vector):
+    with pytest.raises(VectorError):
+        unit(vector, dim=2, where="the vector")
+
+
+def test_a_wrong_dimension_is_told_with_both_numbers():
+    with pytest.raises(DimensionMismatch, match="3 numbers.*vectors of 2"):
+        unit([1, 2, 3], dim=2, where="the vector")
+
+
+# Settings and signatures
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_body_bytes": 0}, {"workers": -1}, {"queue": -1}, {"deadline_seconds": 0}]
+)
+def test_limits_that_let_nothing_through_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_kinds_of_pictures_are_told_by_their_first_bytes():
+    assert media_type(jpeg("red")) == "image/jpeg"
+    assert media_type(b"RIFF\0\0\0\0WEBPVP8 ") == "image/webp"
+    assert media_type(b"RIFX\0\0\0\0WEBPVP8 ") is None
+    assert media_type(b"<svg onload='x'>") is None
+    assert media_type(b"") is None
+
+
+# The batcher
+
+
+def test_rows_come_back_in_order_and_waiting_ones_share_a_call():
+    started, go, sizes = threading.Event(), threading.Event(), []
+
+    def double(rows: np.ndarray) -> np.ndarray:
+        started.set()
+        assert go.wait(10)
+        return 2 * rows
+
+    batcher = Batcher(double, max_batch=4, observe=sizes.append)
+    with ThreadPoolExecutor(10) as pool:
+        first = pool.submit(batcher, np.array([[1.0]]))
+        assert started.wait(10)
+        others = [pool.submit(batcher, np.array([[10.0 * n], [10.0 * n + 1]])) for n in range(1, 5)]
+        time.sleep(0.1)  # let all of them join the queue
+        go.set()
+        assert first.result(10).tolist() == [[2.0]]
+        for n, other in enumerate(others, start=1):
+            assert other.result(10).tolist() == [[20.0 * n], [20.0 * n + 2]]
+    assert sizes == [1, 4, 4]
+    batcher.close()
+
+
+def test_a_lone_row_does_not_wait_for_company():
+    batcher = Batcher(lambda rows: rows, max_batch=64)
+    batcher(np.zeros((1, 2)))
+    started = time.perf_counter()
+    for _ in range(20):
+        batcher(np.zeros((1, 2)))
+    assert time.perf_counter() - started < 1
+    batcher.close()
+
+
+def test_a_failing_call_fails_its_callers_and_no_others():
+    def picky(rows: np.ndarray) -> np.ndarray:
+        if (rows < 0).any():
+            raise ValueError("negative")
+        return rows
+
+    batcher = Batcher(picky)
+    with pytest.raises(ValueError, match="negative"):
+        batcher(np.array([[-1.0]]))
+    assert batcher(np.array([[1.0]])).tolist() == [[1.0]]
+    batcher.close()
+    batcher.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher(np.array([[1.0]]))
+
+
+# The pool
+
+
+def test_a_full_pool_refuses_at_once_and_takes_again_later():
+    async def scenario() -> None:
+        go = threading.Event()
+        pool = WorkerPool(1, 1)
+        tasks = [asyncio.create_task(pool.run(lambda: go.wait(10))) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert pool.taken == 2
+        with pytest.raises(QueueFull):
+            await pool.run(lambda: None)
+        go.set()
+        assert await asyncio.gather(*tasks) == [True, True]
+        assert await pool.run(lambda: 5) == 5
+        assert pool.taken == 0
+        pool.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_late_answer_is_given_up_and_its_place_is_free_when_it_ends():
+    async def scenario() -> None:
+        go = threading.Event()
+        pool = WorkerPool(1, 1, deadline_seconds=0.05)
+        with pytest.raises(DeadlineExceeded, match=r"0\.05 seconds"):
+            await pool.run(lambda: go.wait(10))
+        ran = []
+        with pytest.raises(DeadlineExceeded):  # it waits behind the first, and is dropped unstarted
+            await pool.run(lambda: ran.append(1))
+        go.set()
+        pool.close()
+        assert pool.taken == 0
+        assert ran == []
+
+    asyncio.run(scenario())
+
+
+def test_an_error_of_the_task_is_the_callers_error():
+    def fail() -> None:
+        raise TimeoutError("the task's own")
+
+    async def scenario() -> None:
+        pool = WorkerPool(1, 0)
+        with pytest.raises(TimeoutError, match="own"):
+            await pool.run(fail)
+        assert pool.taken == 0
+        pool.close()
+
+    asyncio.run(scenario())

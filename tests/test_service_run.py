@@ -1,0 +1,178 @@
+"""`dml serve` as a process of its own: starting, refusing, stopping, and what it does not load."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import colour_collection
+from test_service_engine import make_collection
+
+from dml.errors import ServiceError, UsageError
+from service import run
+
+DML = [sys.executable, "-c", "from dml.cli.main import main; main()"]
+
+
+@pytest.fixture
+def collection(tmp_path: Path, tiny_encoder: Path, tiny_folder: Path) -> Path:
+    path = tmp_path / "shapes"
+    make_collection(path, tiny_encoder, tiny_folder)
+    return path
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`dml serve …` on a free port; gives the process and its address once it says that it is ready."""
+    command = [*DML, "serve", *arguments, "--port", "0", "--log-format", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        found = re.search(r"at (http://\S+?)/ ", line)
+        if found is None:
+            process.kill()
+            raise AssertionError(f"no address in {line!r}\n{process.communicate()[1]}")
+        yield process, found[1]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def dml(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*DML, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_serve_answers_a_search_and_stops_on_sigterm(collection, tiny_folder):
+    with serving(str(collection)) as (process, address):
+        picture = (tiny_folder / "class_1" / "2.jpg").read_bytes()
+        place = f"{address}/v1/collections/shapes"
+        assert httpx.get(f"{address}/readyz").status_code == 200
+        hits = httpx.post(f"{place}/search/image", files={"file": picture}).json()["hits"]
+        assert (hits[0]["id"], hits[0]["label"]) == ("class_1/2.jpg", "class_1")
+        assert httpx.put(f"{place}/items/kept", files={"file": picture}).status_code == 201
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 0, log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert {"request"} == {line["event"] for line in lines}
+    assert all(line["request_id"] for line in lines)
+    with serving(str(collection)) as (_, address):
+        assert httpx.get(f"{address}/v1/collections/shapes/items/kept").status_code == 200
+
+
+def test_a_request_in_flight_is_answered_before_the_service_stops(collection, tiny_folder):
+    """The body arrives slowly; SIGTERM comes in the middle of it."""
+    picture = (tiny_folder / "class_0" / "0.jpg").read_bytes()
+    sending = threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'
+        yield head
+        for start in range(0, len(picture), 400):
+            yield picture[start : start + 400]
+            sending.set()
+            time.sleep(0.05)
+        yield b"\r\n--b--\r\n"
+
+    with serving(str(collection)) as (process, address):
+        answers: list[httpx.Response] = []
+        headers = {"Content-Type": "multipart/form-data; boundary=b"}
+        url = f"{address}/v1/collections/shapes/search/image"
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(url, content=slowly(), headers=headers, timeout=20))
+        )
+        thread.start()
+        assert sending.wait(10)
+        process.send_signal(signal.SIGTERM)
+        thread.join(20)
+        process.communicate(timeout=20)
+    assert answers[0].status_code == 200
+    assert answers[0].json()["hits"][0]["id"] == "class_0/0.jpg"
+
+
+def test_serving_loads_no_torch(collection, tiny_folder):
+    """A whole life of the service in one process: open, embed, search, put, answer over HTTP."""
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import httpx
+from serving import running
+from service.app import create_app
+from service.engine import Engine
+from dml.cli.serve import serve
+engine = Engine.open([Path({str(collection)!r})])
+with running(create_app(engine)) as address:
+    picture = Path({str(tiny_folder / "class_0" / "0.jpg")!r}).read_bytes()
+    place = address + "/v1/collections/shapes"
+    assert httpx.post(place + "/search/image", files={{"file": picture}}).status_code == 200
+    assert httpx.put(place + "/items/a", files={{"file": picture}}).status_code == 201
+    assert httpx.get(place + "/items/a/image?size=thumb").status_code == 200
+    assert httpx.get(address + "/openapi.json").status_code == 200
+engine.close()
+heavy = [name for name in ("torch", "torchvision", "timm", "sklearn", "matplotlib") if name in sys.modules]
+print(heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
+def test_a_public_address_is_refused_unless_told(host):
+    with pytest.raises(UsageError, match="--insecure"):
+        run.check_address(host, insecure=False)
+    run.check_address(host, insecure=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
+def test_loopback_needs_no_permission(host):
+    run.check_address(host, insecure=False)
+
+
+def test_refusals_are_one_message_and_exit_codes(tmp_path):
+    colour_collection(tmp_path / "colours", pictures=1).close()
+    (tmp_path / "folder").mkdir()
+    for arguments, code, text in (
+        ([str(tmp_path / "colours"), "--host", "0.0.0.0"], 2, "--insecure"),
+        ([str(tmp_path / "nowhere")], 1, "There is no collection folder"),
+        ([str(tmp_path / "folder")], 1, "folder"),
+        ([str(tmp_path / "colours"), "--runtime", "abacus"], 2, "abacus"),
+    ):
+        done = dml("serve", *arguments, "--port", "0")
+        assert done.returncode == code, done.stderr
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_told(tmp_path):
+    with run.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ServiceError, match=f"127.0.0.1:{port}.*--port"):
+            run.bind("127.0.0.1", port)
+
+
+def test_addresses_can_be_opened_in_a_browser():
+    with run.bind("127.0.0.1", 0) as listening:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", run.address_of(listening))
+    with run.bind("0.0.0.0", 0) as listening:
+        assert run.address_of(listening).startswith("http://127.0.0.1:")
+
+
+def test_help_of_serve_loads_no_server():
+    script = (
+        "import sys, dml.cli.serve; print([m for m in ('fastapi', 'numpy', 'torch') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "[]", done.stderr
