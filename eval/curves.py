@@ -95,7 +95,8 @@ def training_curves(history: History) -> str:
         left.plot(history.steps, smoothed(history.losses), color=FIRST, linewidth=1.8)
         left.set_xlabel("step")
         right.set_title("Validation")
-        for name, label, colour in (("recall_at_1", "Recall@1", SECOND), ("map_at_r", "MAP@R", FIRST)):
+        kept = "" if history.best is None else f" (kept: {history.validation[history.best]['map_at_r']:.3f})"
+        for name, label, colour in (("recall_at_1", "Recall@1", SECOND), ("map_at_r", f"MAP@R{kept}", FIRST)):
             values = [figures.get(name, float("nan")) for figures in history.validation]
             right.plot(
                 history.evaluated, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label
@@ -103,15 +104,6 @@ def training_curves(history: History) -> str:
         if history.best is not None:
             step, value = history.evaluated[history.best], history.validation[history.best]["map_at_r"]
             right.plot([step], [value], marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK)
-            place = (-8, -14) if step > 0.7 * history.evaluated[-1] else (8, -14)
-            right.annotate(
-                f"kept: {value:.3f}",
-                (step, value),
-                xytext=place,
-                textcoords="offset points",
-                ha="right" if place[0] < 0 else "left",
-                color=INK,
-            )
         right.set_xlabel("step")
         right.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0, handlelength=1.4)
         return as_svg(figure, "Training loss and validation figures over optimiser steps")

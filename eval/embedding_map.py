@@ -87,7 +87,7 @@ def draw_map(dots: Sequence[Dot], labels: Sequence[str], pictures: dict[int, str
     for dot in dots:
         if dot.row in pictures:
             x = min(max(dot.x - size / 2, 2), WIDTH - size - 2)
-            y = min(max(dot.y - size / 2, 2), HEIGHT - size - 2)
+            y = min(max(dot.y - size - 7, 2), HEIGHT - size - 2)  # above its dot, which stays to be seen
             images += (
                 f'<g transform="translate({x:.1f} {y:.1f})"><title>{html.escape(labels[dot.row])}</title>'
                 f'<image href="{pictures[dot.row]}" width="{size}" height="{size}" '

@@ -17,12 +17,10 @@ TITLES = {"map@r": "MAP@R", "r_precision": "R-Precision", "nmi": "NMI"}
 
 
 @contextmanager
-def progress_on_stderr(description: str) -> Iterator[Callback]:
+def progress_on_stderr() -> Iterator[Callback]:
     """A bar on stderr while pictures are embedded."""
-    console = Console(stderr=True)
-    console.print(description, highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("embedding", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

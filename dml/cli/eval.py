@@ -51,7 +51,7 @@ def eval(
 
     selection = choose(run, data, split=split)
     encoder = Encoder.load(find_encoder(run), runtime=runtime, device=device)
-    with progress_on_stderr(selection.describe()) as progress:
+    with progress_on_stderr() as progress:
         evaluation = evaluate(
             encoder, selection, ks=ks, with_nmi=with_nmi, batch_size=batch, workers=workers, progress=progress
         )
