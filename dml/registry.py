@@ -78,13 +78,7 @@ def construct(
             that it refuses.
     """
     target = resolve(kind, name, table)
-    known, open_ended = parameter_names(target)
-    for key in args:
-        if key not in known and not open_ended:
-            guess = get_close_matches(key, known, n=1)
-            hint = f'Did you mean "{guess[0]}"? ' if guess else ""
-            takes = ", ".join(sorted(known)) or "none"
-            raise ConfigError(f'The {kind} "{name}" has no argument "{key}". {hint}It takes: {takes}.')
+    known = check_arguments(kind, name, target, args)
     given = {key: value for key, value in (context or {}).items() if key in known} | dict(args)
     try:
         return target(**given)
@@ -92,6 +86,18 @@ def construct(
         raise ConfigError(
             f'The {kind} "{name}" cannot be made with {given}: {error or "it refuses these values"}'
         ) from error
+
+
+def check_arguments(kind: str, name: str, target: Callable[..., Any], args: Mapping[str, Any]) -> list[str]:
+    """Refuse arguments that a callable does not have, with a hint (ConfigError); return those that it has."""
+    known, open_ended = parameter_names(target)
+    for key in args:
+        if key not in known and not open_ended:
+            guess = get_close_matches(key, known, n=1)
+            hint = f'Did you mean "{guess[0]}"? ' if guess else ""
+            takes = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f'The {kind} "{name}" has no argument "{key}". {hint}It takes: {takes}.')
+    return known
 
 
 def parameter_names(target: Callable[..., Any]) -> tuple[list[str], bool]:

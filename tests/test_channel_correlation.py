@@ -8,6 +8,12 @@ from dml.losses import ChannelCorrelation
 from dml.losses.channel_correlation import EXPLICIT, pairwise_squares
 from dml.models.channel_attention import ChannelAttention
 
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 A = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.2, 0.6]], dtype=torch.float64)
 LABELS = torch.tensor([0, 0, 1, 1])
 

@@ -12,6 +12,11 @@ from dml.training.intra_class import IntraClassAugmentation, class_moments, draw
 from dml.training.objective import Progress
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def wide(num_classes: int, dim: int, **settings) -> IntraClassAugmentation:
     """In float64, so that values by hand are met to the last digit."""
     return IntraClassAugmentation(num_classes, dim, **settings).double()

@@ -21,6 +21,12 @@ from dml.losses import (
 from dml.losses.pairs import compare, cosine, distance, soft_total, unit_rows
 from dml.training.supervised import adapt
 
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 PAIR_LOSSES = {
     "multi_similarity": MultiSimilarityLoss,
     "multi_similarity without mining": lambda: MultiSimilarityLoss(epsilon=None),

@@ -10,6 +10,11 @@ from dml.training.memory import CrossBatchMemory
 from dml.training.objective import Progress
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def rows(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Embeddings, labels and ids that say which they are."""
     ids = torch.arange(first, first + count)

@@ -13,7 +13,7 @@ from dml.errors import ConfigError, DataError
 from dml.losses import build_loss
 from dml.losses.pairs import IndicesTuple, relate, unit_rows
 from dml.models.output import Output
-from dml.registry import construct, resolve
+from dml.registry import check_arguments, construct, resolve
 from dml.training import METHODS, STAGES
 from dml.training.objective import Batches, Candidates, Objective, Progress
 
@@ -231,6 +231,7 @@ def build_objective(recipe: Recipe, *, num_classes: int, dim: int, channels: int
         ConfigError: an unknown name or argument, or parts that cannot work together, with the reason.
     """
     build = resolve("method", recipe.method.name, METHODS)
+    check_arguments("method", recipe.method.name, build, recipe.method.args)
     return build(recipe, num_classes=num_classes, dim=dim, channels=channels, **recipe.method.args)
 
 
