@@ -559,6 +559,8 @@ class LocalCollection:
                 return Snapshot(index, note["sequence"], note["last_row"], note.get("measured"))
             except (DamagedFile, KeyError, ConfigError) as error:
                 log.warning("%s; passed over, nothing is lost: the catalogue has everything", error)
+                if not self.read_only:
+                    path.unlink(missing_ok=True)
             except MissingExtra as error:
                 log.warning("%s Until then this collection is searched exactly, with numpy.", error)
                 return None
