@@ -394,6 +394,16 @@ def test_request_ids_are_echoed_when_they_are_harmless(http):
     assert re.fullmatch("[0-9a-f]{32}", strange)
 
 
+def test_a_collection_is_known_by_the_name_it_is_served_under(tmp_path):
+    engine = Engine({"a/b & c": colour_collection(tmp_path / "folder", pictures=1)}, [ColourEncoder()])
+    with running(create_app(engine)) as address, httpx.Client(base_url=address) as http:
+        place = f"/v1/collections/{quote('a/b & c', safe='')}"
+        assert http.get(place).json()["name"] == "a/b & c"
+        hit = http.get(f"{place}/items/red%2F0/similar").json()["hits"][0]
+        assert http.get(hit["image"]).status_code == 200
+    engine.close()
+
+
 def test_metrics_count_requests_stages_and_problems(http):
     search(http, {"query": {"image": b64(jpeg("red"))}})
     assert_problem(http.get("/v1/collections/nowhere"), 404, "unknown-collection")

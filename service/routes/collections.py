@@ -103,6 +103,6 @@ def collection_answer(
         "generation": info.generation,
         "pending": info.pending,
         "bytes_on_disk": info.bytes_on_disk,
-        "capabilities": sorted(engine.collection(info.name).capabilities()),
+        "capabilities": sorted(engine.collection(short["name"]).capabilities()),
         "read_only": read_only,
     }
