@@ -1,5 +1,7 @@
 """The supervised objective: every loss with every stage trains, or is refused with the reason."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,15 +71,15 @@ def objective_of(recipe: Recipe):
     return build_objective(recipe, num_classes=CLASSES, dim=DIM, channels=CHANNELS)
 
 
-def train(recipe: Recipe, epochs: int = 2, seed: int = 0):
+def train(recipe: Recipe, epochs: int = 2, seed: int = 0, device: str = "cpu"):
     """Run a recipe on the small set; returns the objective, the model and the terms of each step."""
     torch.manual_seed(seed)
-    model, objective, log = Net(), objective_of(recipe), []
+    model, objective, log = Net().to(device), objective_of(recipe).to(device), []
     groups = [{"params": list(model.parameters())}]
     if objective.loss_parameters():
         groups.append({"params": objective.loss_parameters(), "lr": 0.1})
     optimizer = torch.optim.SGD(groups, lr=0.05)
-    batches, step = training_set(), 0
+    batches, step = [batch.to(device) for batch in training_set()], 0
     for epoch in range(epochs):
         objective.before_epoch(model, lambda: iter(batches), Progress(epoch, epochs, step, epochs * 3))
         for batch in batches:
@@ -435,6 +437,12 @@ def test_every_part_is_described_in_one_line():
     assert all(line and "\n" not in line for line in DESCRIPTIONS.values())
 
 
+def test_every_loss_and_stage_is_in_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    parts = {*LOSSES, *CLEANERS, *AUGMENTERS, *MEMORIES, *REGULARIZERS}
+    assert [name for name in sorted(parts) if name not in page] == []
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_bundled_recipe_makes_an_objective(name):
     objective = objective_of(load_recipe(name))
@@ -454,3 +462,14 @@ def test_settings_reach_the_parts():
         CLASSES,
         DIM,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stages", STAGES)
+def test_a_gpu_gives_the_numbers_of_the_cpu(stages):
+    recipe = Recipe(**STAGES[stages])
+    _, _, expected = train(recipe)
+    _, _, actual = train(recipe, device="cuda")
+    for step, other in zip(expected, actual, strict=True):
+        assert other == pytest.approx(step, rel=1e-3, abs=1e-4)
