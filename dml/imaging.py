@@ -194,8 +194,7 @@ def _open(stream: io.IOBase, where: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"{where} has {width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are "
-            f"allowed. "
-            f"Make it smaller."
+            "allowed. Make it smaller."
         )
     return picture
 

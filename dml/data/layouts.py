@@ -127,10 +127,9 @@ def _has_splits(root: Path, found: list[PurePath]) -> bool:
     if nested:
         strange = sorted(top - splits)
         raise DataError(
-            f"{root} holds split folders ({', '.join(sorted(nested))}) beside other ones "
-            f"({_some(strange)}), so its "
-            f"layout is unclear. Use only {', '.join(SPLIT_NAMES)} beside each other, or only classes, or a "
-            f"manifest."
+            f"{root} holds split folders ({', '.join(sorted(nested))}) beside other ones ({_some(strange)}), "
+            f"so its layout is unclear. Use only {', '.join(SPLIT_NAMES)} beside each other, or only "
+            "classes, or a manifest."
         )
     return False
 

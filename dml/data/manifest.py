@@ -159,8 +159,7 @@ def _read_csv(path: Path) -> list[tuple[int, Row]]:
     if uneven:
         raise DataError(
             f"{path} has {len(header)} columns, but {len(uneven):,} lines have more or fewer cells, the "
-            f"first one is "
-            f"line {uneven[0]}. Put cells that hold the separator in quotes."
+            f"first one is line {uneven[0]}. Put cells that hold the separator in quotes."
         )
     columns = {
         name: [cells[i] for _, cells in lines] if name in _OWN else _typed([cells[i] for _, cells in lines])

@@ -107,7 +107,6 @@ def check_share(bad: Sequence[BadImage], total: int, limit: float) -> None:
         more = f"\n  … and {len(bad) - 5:,} more" if len(bad) > 5 else ""
         raise TooManyBadImages(
             f"{len(bad):,} of {total:,} images cannot be read, more than the {limit:.1%} that "
-            f"data.max_bad_share "
-            f"allows:\n  {shown}{more}\n`dml data check` lists them all. Mend or remove them, or raise the "
-            f"limit."
+            f"data.max_bad_share allows:\n  {shown}{more}\n`dml data check` lists them all. Mend or remove "
+            "them, or raise the limit."
         )

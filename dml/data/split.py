@@ -142,10 +142,8 @@ def _check_classes(table: ImageTable, labelled: Records, pool: Records) -> None:
     if not labelled:
         raise DataError(
             f"{table.root} ({table.layout}) has no classes, so nothing can be learned from it. Put the "
-            f"pictures of "
-            f"each class in a folder of their own (CLASS/picture.jpg) or give a manifest with a label "
-            f"column. To search "
-            f"it without training, make an encoder with `dml encoder create`."
+            f"pictures of each class in a folder of their own (CLASS/picture.jpg) or give a manifest with a "
+            f"label column. To search it without training, make an encoder with `dml encoder create`."
         )
     sizes = counted(pool)
     if not sizes:
@@ -158,8 +156,7 @@ def _check_classes(table: ImageTable, labelled: Records, pool: Records) -> None:
     if max(sizes.values()) < 2:
         raise DataError(
             f"None of the {len(sizes):,} training classes of {table.root} has two images, so nothing shows "
-            f"what "
-            f"belongs together. Are the folders classes? Add images to them."
+            "what belongs together. Are the folders classes? Add images to them."
         )
 
 
@@ -209,8 +206,7 @@ def _hold_out_classes(
     if len(sizes) - wanted < 2 or len(fit) - wanted < 1:
         raise DataError(
             f"open-set needs classes to hold out for {split}: {wanted} of {len(sizes)} cannot be spared (at "
-            f"least two "
-            f"must remain for training). Add classes, or ask for closed-set."
+            "least two must remain for training). Add classes, or ask for closed-set."
         )
     random.Random(f"{config.split_seed}:{split}").shuffle(fit)
     held = set(fit[:wanted])
@@ -311,8 +307,7 @@ def _check_disjoint(splits: Splits) -> None:
             if shared:
                 raise DataError(
                     f"{left} and {right} share {len(shared):,} classes ({_some(shared)}), which open-set "
-                    f"forbids. "
-                    f"Correct the splits of the data, or ask for closed-set."
+                    "forbids. Correct the splits of the data, or ask for closed-set."
                 )
 
 
