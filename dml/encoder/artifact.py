@@ -119,8 +119,8 @@ def write_folder(
     Args:
         described: the manifest without what depends on the files: fingerprint, files, agreement.
     """
-    # As it will be read: tuples become lists, and what JSON cannot hold is refused now, not by the reader.
-    tree: dict[str, Any] = json.loads(json.dumps(dict(described), allow_nan=False))
+    # As it will be read: tuples become lists, and NaN (a figure that was never measured) becomes null.
+    tree: dict[str, Any] = json.loads(json.dumps(dict(described)), parse_constant=lambda _: None)
     tree["fingerprint"] = fingerprint_of(tree)
     with written_aside(out) as folder:
         from safetensors.numpy import save_file

@@ -91,7 +91,6 @@ class TinyTrunk(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels-last convolutions are a quarter faster on CPUs, whatever the layout of the pictures that
