@@ -134,7 +134,7 @@ def as_svg(figure: Any, description: str) -> str:
     text = text.replace("xlink:href", "href")
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    text = re.sub(r"font: (\d+)px '[^;\"]*", r"font: \1px var(--font)", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     return text.replace(">", f"><title>{description}</title>", 1)
 
 
