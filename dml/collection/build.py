@@ -1,6 +1,7 @@
 """From a folder, a manifest or finished embeddings to a collection: embed, add, index, put into place."""
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dml.collection import create_collection, is_collection, open_collection
 from dml.collection.base import NewItem
-from dml.collection.local import LOCK, LocalCollection, check_kind
+from dml.collection.local import LOCK, LocalCollection, check_id, check_kind
 from dml.collection.lock import WriterLock
 from dml.collection.manifest import read_manifest
 from dml.errors import (
@@ -24,6 +25,7 @@ from dml.errors import (
     ModelMismatch,
     StorageError,
     TooManyBadImages,
+    UsageError,
 )
 from dml.imaging import IMAGE_SUFFIXES, BadImage
 from dml.index.file import sync_folder
@@ -301,9 +303,13 @@ class PictureSupply(Supply):
                 for position, vector in zip(batch.indices.tolist(), batch.vectors, strict=True):
                     record = self.records[position]
                     try:
+                        check_id(prefix + ids[position])
                         image = record.path.read_bytes() if self.settings.store else None
                     except OSError as error:  # it was readable a moment ago
                         report.bad.append(BadImage(str(record.path), str(error.strerror or error)))
+                        continue
+                    except UsageError as error:
+                        report.bad.append(BadImage(repr(str(record.path)), str(error)))
                         continue
                     yield NewItem(
                         prefix + ids[position],
@@ -442,7 +448,21 @@ def payload_of(record: "Record") -> dict[str, Any]:
     """What is known about a picture: its manifest's columns, label, split, role and box."""
     known = {"label": record.label, "split": record.split, "role": record.role}
     box = {} if record.box is None else {"box": list(record.box)}
-    return {**record.payload, **{k: v for k, v in known.items() if v is not None}, **box}
+    columns = {key: plain(value) for key, value in record.payload.items()}
+    return {k: v for k, v in {**columns, **known, **box}.items() if v is not None}
+
+
+def plain(value: Any) -> Any:
+    """A cell of a manifest as JSON can hold it: no NaN or infinity (None), and dates and the like as text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return str(value)
 
 
 def check_bad(bad: Sequence[BadImage], limit: int, total: int, share: float) -> None:

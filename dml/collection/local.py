@@ -12,6 +12,7 @@
 
 import json
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,9 +88,6 @@ def create_local(
     check_kind(index)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CollectionError(f"{path} is not an empty folder; give a new one, or open what is there.")
-    make_folder(path)
-    make_folder(path / SNAPSHOTS)
-    Catalog.create(path / CATALOG, dim=dim).close()
     manifest = Manifest(
         name=name or path.resolve().name,
         dim=dim,
@@ -99,7 +97,16 @@ def create_local(
         roots={key: str(Path(root).absolute()) for key, root in roots.items()},
         encoder=dict(encoder_info),
     )
-    write_manifest(path, manifest)  # last: a folder with a manifest is a whole collection
+    new = not path.exists()
+    try:
+        make_folder(path)
+        make_folder(path / SNAPSHOTS)
+        Catalog.create(path / CATALOG, dim=dim).close()
+        write_manifest(path, manifest)  # last: a folder with a manifest is a whole collection
+    except StorageError:
+        for child in [path] if new else path.iterdir():
+            shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink()
+        raise
     return LocalCollection(path, device=device)
 
 
@@ -656,7 +663,8 @@ class LocalCollection:
 
 def fill(index: VectorIndex, db: Any, *, count: int, held: NDArray[np.int64], dim: int) -> HeldOut:
     """Add all rows of the catalogue to an index but the held-out ones, and return those."""
-    index.prepare(training_sample(db, count, dim=dim), count)
+    none = np.empty((0, dim), np.float32)
+    index.prepare(training_sample(db, without=held, dim=dim) if index.learns else none, count)
     rows, vectors = [np.empty(0, np.int64)], [np.empty((0, dim), np.float32)]
     for block_rows, block_vectors in sql.rows_after(db, 0, dim=dim, block=16_384):
         out = np.isin(block_rows, held)

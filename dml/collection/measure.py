@@ -36,11 +36,11 @@ def hold_out(db: Any, count: int, *, seed: int) -> Ids:
     return np.sort(np.random.default_rng(seed).choice(all_rows(db), queries, replace=False))
 
 
-def training_sample(db: Any, count: int, *, dim: int, seed: int = 0) -> Vectors:
+def training_sample(db: Any, *, without: Ids, dim: int, seed: int = 0) -> Vectors:
     """Up to `SAMPLE` vectors of the catalogue, drawn without replacement, in the order of their rows."""
-    if not count:
+    rows: NDArray[np.int64] = np.setdiff1d(all_rows(db), without)
+    if not len(rows):
         return np.empty((0, dim), np.float32)
-    rows: NDArray[np.int64] = all_rows(db)
     if len(rows) > SAMPLE:
         rows = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE, replace=False))
     found = sql.vectors_of(db, rows.tolist())

@@ -45,6 +45,8 @@ class VectorIndex(Protocol):
     dim: int
     exact: bool
     """Whether a search always returns the true neighbours."""
+    learns: bool
+    """Whether `prepare` makes use of a sample."""
 
     def describe(self) -> dict[str, Any]:
         """Kind, device and settings, for people and for manifests."""
@@ -53,7 +55,8 @@ class VectorIndex(Protocol):
     def prepare(self, sample: Vectors, count: int) -> None:
         """Learn from a sample what is needed before the first add (IVF's cells), and expect `count` rows.
 
-        Optional: `add` on an unprepared index learns from the rows of the first call.
+        Optional: `add` on an unprepared index learns from the rows of the first call. An index that does not
+        learn takes an empty sample.
         """
         ...
 

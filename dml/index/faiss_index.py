@@ -95,6 +95,7 @@ class FaissIndex:
 
     kind: ClassVar[str]
     exact: ClassVar[bool]
+    learns: ClassVar[bool] = False
     on_gpu: ClassVar[bool]
 
     def __init__(self, dim: int, *, device: str, effort: int) -> None:
@@ -470,6 +471,7 @@ class FaissIvfIndex(FaissIndex):
 
     kind = "ivf"
     exact = False
+    learns = True
     on_gpu = True
 
     def __init__(self, dim: int, *, device: str = "auto", cells: int = 0, effort: int = 0) -> None:

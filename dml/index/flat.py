@@ -26,6 +26,7 @@ class FlatIndex:
 
     kind = "flat"
     exact = True
+    learns = False
 
     def __init__(self, dim: int, *, device: str = "auto") -> None:
         if device not in ("auto", "cpu"):
