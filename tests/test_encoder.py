@@ -222,7 +222,8 @@ def test_an_encoder_runs_where_torch_is_not_installed(encoder: Encoder, tiny_fol
 
 
 def test_loading_for_onnx_runtime_imports_no_torch(encoder: Encoder) -> None:
-    code = "import sys, dml.encoder as e; e.Encoder.load(sys.argv[1], device='cpu'); print('torch' in sys.modules)"
+    load = "import sys, dml.encoder; dml.encoder.Encoder.load(sys.argv[1], device='cpu')"
+    code = f"{load}; print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(encoder.path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stderr

@@ -102,9 +102,10 @@ def check(encoder: Source, as_json: Json = False) -> None:
     report = check_encoder(encoder)
     show_report(report, as_json=as_json)
     if not report.ok:
-        raise EncoderError(
-            f"{report.folder} has {len(report.problems)} problems:\n" + "\n".join(report.problems)
-        )
+        count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+        raise EncoderError(f"{report.folder} has {count}:
+" + "
+".join(report.problems))
 
 
 def embed(

@@ -39,8 +39,8 @@ class Preprocess:
         pad      the central W/margin x H/margin, on the mean colour    proportions kept, nothing lost
         squash   the central W/margin x H/margin                        proportions lost
 
-    is resized to S x S with antialiasing, cut and resize in one call (at the cut, the filter still sees the pixels
-    next to it), and becomes (value / 255 - mean) / std.
+    is resized to S x S with antialiasing, cut and resize in one call (at the cut, the filter still sees the
+    pixels next to it), and becomes (value / 255 - mean) / std.
 
     Args:
         size: S in pixels.
