@@ -214,12 +214,14 @@ class Engine:
         return engine
 
     def warm_up(self) -> None:
-        """Run every encoder once, so that the first request is as quick as the next."""
+        """Run every encoder and every index once, so that the first request is as quick as the next."""
         from PIL import Image as pillow
 
         for fingerprint, encoder in self._encoders.items():
             blank = encoder.preprocess(pillow.new("RGB", (64, 64), (127, 127, 127)))
             self._batchers[fingerprint](blank[None])
+        for collection in self._collections.values():
+            collection.search(np.eye(1, collection.dim, dtype=np.float32), limit=1)
 
     def close(self) -> None:
         """Finish embedding what waits, and close every collection."""

@@ -1,5 +1,6 @@
 """The typed client against a real server."""
 
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -45,6 +46,23 @@ def test_searches_by_bytes_file_id_vector_and_examples(client: Client, tmp_path:
     assert [h.id for h in client.similar("colours", "blue/2", limit=3).hits] == [h.id for h in by_id.hits]
     mixed = client.search("colours", image=picture, positive=["red/0"], negative=["gold/0"], limit=20)
     assert not {"red/0", "gold/0"} & {hit.id for hit in mixed.hits}
+
+
+def test_the_documented_example_runs(client: Client, tmp_path: Path, capsys, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "service.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "mine.jpg").write_bytes(jpeg("green", 3))
+    monkeypatch.chdir(tmp_path)
+    exec(
+        compile(
+            example.replace("http://127.0.0.1:8000", client.url).replace("shoes", "colours"),
+            "example",
+            "exec",
+        )
+    )
+    shown = capsys.readouterr().out
+    assert "green/3" in shown
+    assert "404 unknown-item" in shown
 
 
 def test_many_vectors_are_asked_in_batches(client: Client):

@@ -94,10 +94,10 @@ function thumb(item) {
   return frame;
 }
 
-/** The id without the folder that only repeats the label. */
+/** The id without the folders down to the one that only repeats the label. */
 function shortId(item) {
-  const prefix = `${item.label}/`;
-  return item.id.startsWith(prefix) ? item.id.slice(prefix.length) : item.id;
+  const cut = `/${item.id}`.lastIndexOf(`/${item.label}/`);
+  return cut < 0 ? item.id : item.id.slice(cut + item.label.length + 1);
 }
 
 function card(item, position) {
@@ -309,7 +309,7 @@ async function showStep() {
 function showHits(found) {
   state.shown = found.hits.length;
   const took = found.took_ms < 10 ? found.took_ms.toFixed(1) : Math.round(found.took_ms);
-  $("facts").textContent = `${took} ms· ${found.approximate ? "approximate" : "exact"} search`;
+  $("facts").textContent = `${took} ms · ${found.approximate ? "approximate" : "exact"} search`;
   $("results-title").textContent = found.hits.length ? `Nearest of ${plural(found.total, "picture", "pictures")}` : "";
   if (!found.hits.length) {
     showEmpty("Nothing to compare with", "This collection has no other picture yet.");
@@ -344,7 +344,7 @@ async function showStart() {
   $("results-title").textContent = "";
   const asked = begin(SAMPLES);
   try {
-    const found = await ask(`${place(state.collection, "items")}?limit=200`, { signal: asked.signal });
+    const found = await ask(`${place(state.collection, "items")}?limit=500`, { signal: asked.signal });
     asked.end();
     if (!found.items.length) {
       showEmpty("This collection is empty", "Add a picture with PUT /v1/collections/" + state.collection + "/items/{id}, and it can be found at once.");
