@@ -103,9 +103,7 @@ def check(encoder: Source, as_json: Json = False) -> None:
     show_report(report, as_json=as_json)
     if not report.ok:
         count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
-        raise EncoderError(f"{report.folder} has {count}:
-" + "
-".join(report.problems))
+        raise EncoderError(f"{report.folder} has {count}:\n" + "\n".join(report.problems))
 
 
 def embed(
