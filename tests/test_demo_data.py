@@ -1,4 +1,4 @@
-"""The embedded data set: repeatable, apart where it must be apart, neither trivial nor hopeless."""
+"""The embedded data set: repeatable, apart where it must be, neither trivial nor hopeless."""
 
 import hashlib
 import json
