@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -558,6 +559,43 @@ def test_a_search_while_a_writer_has_it_open_works(shop, tiny_folder):
 def test_a_service_that_is_not_there_is_a_clear_error(tiny_folder):
     with pytest.raises(DmlError, match="127.0.0.1:9"):
         run_search("shop", tiny_folder / "class_2" / "4.jpg", "--url", "http://127.0.0.1:9")
+
+
+def test_a_running_service_gives_the_same_answer_as_the_folder(built, tiny_folder, tmp_path):
+    pytest.importorskip("fastapi")
+    picture = tiny_folder / "class_2" / "4.jpg"
+    script = "from dml.cli.main import main; main()"
+    server = subprocess.Popen(
+        [sys.executable, "-c", script, "serve", str(built), "--port", "0", "--read-only"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with server:
+        try:
+            assert server.stdout is not None
+            url = next(word for line in server.stdout for word in line.split() if word.startswith("http://"))
+            served = run_search("shop", picture, "--url", url, "--html", tmp_path / "found.html", "--json")
+        finally:
+            server.terminate()
+    folder = json.loads(run_search(built, picture, "--json").stdout)
+    for here, there in zip(folder["hits"], json.loads(served.stdout)["hits"], strict=True):
+        assert (here["id"], here["label"], here["payload"]) == (there["id"], there["label"], there["payload"])
+        assert here["score"] == pytest.approx(there["score"], abs=1e-5)
+    assert len(Page((tmp_path / "found.html").read_text()).pictures) == 11
+
+
+def test_the_python_of_the_documentation_runs(shop, tiny_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("faiss")
+    text = (Path(__file__).parent.parent / "docs" / "index.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    shop.rename(tmp_path / "shoes.collection")
+    shutil.copy(tiny_folder / "class_0" / "0.jpg", tmp_path / "new.jpg")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "docs/index.md", "exec"), {})
+    assert "1.000 class_0/0.jpg class_0" in capsys.readouterr().out
 
 
 def test_searching_needs_no_torch(built, tiny_folder):
