@@ -282,11 +282,11 @@ def recipe_names() -> list[str]:
 def recipe_path(source: str | Path) -> Path:
     """The file of a recipe given as a path or as the name of a bundled one."""
     path = Path(source)
-    if path.suffix == ".toml" or path.exists():
+    names = recipe_names()
+    if str(source) not in names and (path.suffix == ".toml" or path.is_file()):
         if not path.is_file():
             raise ConfigError(f"There is no recipe file {path}. Bundled recipes: {', '.join(recipe_names())}.")
         return path
-    names = recipe_names()
     if str(source) not in names:
         guess = get_close_matches(str(source), names, n=1)
         hint = f' Did you mean "{guess[0]}"?' if guess else ""

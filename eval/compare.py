@@ -25,6 +25,7 @@ from dml.data.table import Record, open_table
 from dml.encoder import Encoder
 from dml.errors import DmlError
 from dml.metrics import retrieval_metrics
+from dml.startup import prepare_process
 
 UNTRAINED = {"pixels": "the pictures' own values", "untrained": "the network with random weights"}
 
@@ -155,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     given = parser.parse_args(arguments)
+    prepare_process()
     overrides = dict(pair.partition("=")[::2] for pair in given.overrides)
     overrides["data.source"] = json.dumps(given.data)
     results = []

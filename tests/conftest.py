@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-# Quiet, repeatable libraries: set before any of them is imported by a test file.
+from dml.startup import prepare_process
+
+# Before any test file loads a library that starts threads.
+prepare_process()
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
 

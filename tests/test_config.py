@@ -93,3 +93,9 @@ def test_a_file_that_is_not_toml_is_refused_with_the_place(tmp_path: Path) -> No
 def test_an_override_through_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match='"loss" is a value|"name" is a value'):
         load_recipe("triplet", {"loss.name.more": "1"})
+
+
+def test_a_folder_called_like_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cbml").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("cbml").loss.name == "contrastive_bayesian"

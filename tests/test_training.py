@@ -219,7 +219,7 @@ def test_a_corrupt_picture_is_skipped_and_listed(tiny_folder: Path, tmp_path: Pa
 def test_too_many_corrupt_pictures_are_an_error(tiny_folder: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_folder, tmp_path)
     for number in range(12):
-        (folder / "class_0" / f"broken{number}.jpg").write_bytes(b"not a picture")
+        (folder / "class_0" / f"broken{number}.jpg").write_bytes(b"not a picture, nr. %d" % number)
     with pytest.raises(DataError, match="max_bad_share"):
         list(train(small_recipe(folder), tmp_path / "run"))
 

@@ -9,6 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dml import __version__
 from dml.errors import DmlError
+from dml.startup import prepare_process
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("dml.cli.train:train", "Learn an embedding from labelled pictures."),
@@ -82,6 +83,7 @@ def options(
 
 def main() -> None:
     """Run the command line; show our own errors as one clean message, and anything else as the bug it is."""
+    prepare_process()
     try:
         app()
     except DmlError as error:

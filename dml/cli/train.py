@@ -64,7 +64,7 @@ def read_overrides(pairs: list[str], *, seed: int | None = None, source: str = "
     wrong = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
     if wrong:
         raise UsageError(f'--set takes KEY=VALUE, for example --set train.epochs=5; got "{wrong[0]}"')
-    found = dict(pair.partition("=")[::2] for pair in pairs)
+    found = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
     if seed is not None:
         found["train.seed"] = str(seed)
     if source:
@@ -98,12 +98,11 @@ def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False):
     finished: Finished | None = None
     try:
         with Progress(*columns, console=console, transient=True) as bar:
-            task, figures, loss = None, "", 0.0
+            task, figures, loss = bar.add_task("reading", total=None, figures=""), "", 0.0
             for event in events:
                 if isinstance(event, Started):
                     describe(console, event)
-                    if task is not None:
-                        bar.remove_task(task)
+                    bar.remove_task(task)
                     task = bar.add_task(
                         "training", total=event.total_steps, completed=event.resumed_at, figures=""
                     )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -68,7 +68,8 @@ def steps(
         start: steps that an earlier run has done; training goes on behind them.
         clip_norm: longest gradient; 0: any.
     """
-    model, objective = learner.model, learner.objective
+    inner = cast(Learner, getattr(learner, "module", learner))  # Fabric wraps it
+    model, objective = inner.model, inner.objective
     first_epoch, skipped = divmod(start, len(batches))
     total = epochs * len(batches)
     number = start

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from dml.config import Recipe, TrainConfig, recipe_tree
 from dml.data.augment import build_augmentation
 from dml.data.images import ImageSource, batches_of, training_batches
+from dml.data.reading import check_share
 from dml.data.sampler import ClassBalancedSampler
 from dml.data.split import Splits, divide
 from dml.data.table import ImageTable, Record, open_table
@@ -162,7 +163,7 @@ class Fit:
         self.source = ImageSource(records, classes=self.classes, config=recipe.data, mean=mean, std=std)
         classes_per_batch, images_per_class = batch_shape(config, len(self.classes))
         sampler = ClassBalancedSampler(
-            self.source.labels,
+            self.source.labels.numpy(),
             classes_per_batch=classes_per_batch,
             images_per_class=images_per_class,
             steps_per_epoch=config.steps_per_epoch,
@@ -188,6 +189,8 @@ class Fit:
         self.validation = (
             None if everything else Validation(self.splits.validation, self.preprocess, recipe, self.bad)
         )
+        read = len(records) + (0 if everything else len(self.splits.validation))
+        check_share(self.bad, read, recipe.data.max_bad_share)
         self.write_description()
 
     def started(self) -> Started:
@@ -300,7 +303,7 @@ class Fit:
     def write_description(self) -> None:
         """Everything that says what this run is, before its first step."""
         (self.out / "recipe.toml").write_text(tomli_w.dumps(recipe_tree(self.recipe)))
-        (self.out / "splits.json").write_text(json.dumps(self.splits.to_json(), indent=1))
+        (self.out / "splits.json").write_text(self.splits.to_json())
         (self.out / "environment.json").write_text(json.dumps(environment(self.fabric.device), indent=1))
         with (self.out / "bad_images.csv").open("w", newline="") as handle:
             rows = csv.writer(handle)

@@ -1,0 +1,20 @@
+"""What our commands set for their own process before anything heavy is loaded.
+
+Only entry points call this (`dml`, `python -m eval.…`, the service): importing the library changes nothing. A variable
+that the user has set stays as it is.
+"""
+
+import os
+
+DEFAULTS = {
+    # Threads that wait by spinning fight each other for cores as soon as anything else runs on the machine; sleeping
+    # costs next to nothing when nothing does.
+    "OMP_WAIT_POLICY": "passive",
+    "KMP_BLOCKTIME": "0",
+}
+
+
+def prepare_process() -> None:
+    """Set the defaults above where the user has not."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
