@@ -86,9 +86,9 @@ def write_report(
         MissingExtra: without jinja2, matplotlib or scikit-learn.
         StorageError: the file cannot be written.
     """
-    page = render(evaluation, run=run, stages=stages, rows=rows, neighbours=neighbours)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a wrong path is told at once
+        page = render(evaluation, run=run, stages=stages, rows=rows, neighbours=neighbours)
         out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"the report {out} cannot be written: {error.strerror or error}") from error

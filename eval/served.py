@@ -261,4 +261,6 @@ def files_of(collection: Collection, items: Sequence[Item]) -> dict[Path, str]:
 
 def spread(count: int, most: int) -> list[int]:
     """At most `most` of range(count), evenly spread."""
-    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
+    if count <= most:
+        return list(range(count))
+    return [round(place) for place in np.linspace(0, count - 1, most).tolist()]

@@ -1,6 +1,7 @@
 """How fast, against whom: side by side in one run, on this machine.
 
-    python -m eval.speed metrics --rows 10000 --out metrics.json
+    python -m eval.speed metrics --rows 10000 60000 --out metrics.json
+    python -m eval.speed memory --rows 120000 --limit-gib 2
 
 Every contender gets the same vectors and threads; repeats alternate between the contenders, so that a busy
 neighbour slows all of them; what counts are medians and ratios inside one run.
@@ -43,13 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.threads:
         limit_threads(args.threads)
     try:
-        result = speed_of_metrics(
-            rows=args.rows, dim=args.dim, per_class=args.per_class, repeats=args.repeats, reference=args.loop
-        )
+        if args.what == "memory":
+            result = memory_of_metrics(
+                args.rows[0], dim=args.dim, per_class=args.per_class, limit=args.limit_gib
+            )
+        else:
+            result = speed_of_metrics(
+                rows=args.rows,
+                dim=args.dim,
+                per_class=args.per_class,
+                repeats=args.repeats,
+                reference=args.loop,
+            )
     except DmlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(table(result))
+    print(table(result) if args.what == "metrics" else json.dumps(result, indent=1))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1))
@@ -58,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     usage = argparse.ArgumentParser(prog="python -m eval.speed", description=(__doc__ or "").split("\n")[0])
-    usage.add_argument("what", choices=("metrics",))
+    usage.add_argument("what", choices=("metrics", "memory"))
     usage.add_argument(
         "--rows", type=int, nargs="+", default=[10_000], help="vectors, searched among themselves"
     )
@@ -67,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--repeats", type=int, default=5)
     usage.add_argument("--threads", type=int, default=0, help="of every contender; 0: their own choice")
     usage.add_argument("--loop", action="store_true", help="also a plain loop over queries, for context")
+    usage.add_argument("--limit-gib", type=float, default=2.0, help="memory: address space of the process")
     usage.add_argument("--out", type=Path, help="JSON file")
     return usage
 
@@ -90,6 +101,45 @@ def speed_of_metrics(
             }
         )
     return {"what": "metrics", "machine": machine(), "repeats": repeats, "sizes": sizes}
+
+
+def memory_of_metrics(rows: int, *, dim: int, per_class: int, limit: float) -> dict[str, Any]:
+    """Peak memory and time of our metrics in a process that may not have more than `limit` GiB in all.
+
+    Raises:
+        MemoryError: the limit is too low.
+    """
+    import resource
+
+    allowed = int(limit * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+    classes = max(2, rows // per_class)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=rows)
+    points = np.empty((rows, dim), np.float32)
+    for start in range(0, rows, 4096):  # in parts: making the vectors must not take more than measuring them
+        part = np.random.default_rng([1, start]).standard_normal(
+            (min(4096, rows - start), dim), dtype=np.float32
+        )
+        for row, label in enumerate(labels[start : start + len(part)]):
+            part[row] += 0.35 * np.random.default_rng([2, label]).standard_normal(dim, dtype=np.float32)
+        points[start : start + len(part)] = part / np.linalg.norm(part, axis=1, keepdims=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    started = time.perf_counter()
+    figures = retrieval_metrics(points, labels).figures()
+    return {
+        "what": "memory",
+        "rows": rows,
+        "dim": dim,
+        "classes": classes,
+        "limit_gib": limit,
+        "vectors_gib": round(points.nbytes / 2**30, 3),
+        "before_gib": round(before / 2**30, 3),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30, 3),
+        "seconds": round(time.perf_counter() - started, 1),
+        "figures": figures,
+        "machine": machine(),
+    }
 
 
 def metric_contenders(
