@@ -101,9 +101,16 @@ class CollectionInfo:
 class Collection(Protocol):
     """A live set of images that can be searched by vector. Safe to use from several threads."""
 
-    name: str
-    dim: int
-    fingerprint: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder that made its vectors."""
+        ...
 
     def capabilities(self) -> frozenset[str]:
         """Names among: "exact", "filter", "group_by", "generation_cursor", "verify", "pictures", "count"."""
