@@ -1,6 +1,8 @@
 """Dividing a table: what is held out, what is respected, what is refused."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from dml.config import DataConfig
 from dml.data.check import write_manifest
 from dml.data.split import Splits, divide
 from dml.data.table import ImageTable, Record, counted, open_table
-from dml.errors import DataError
+from dml.errors import DataError, StorageError
 
 ROOT = Path("/pictures")
 
@@ -282,6 +284,17 @@ def test_a_manifest_keeps_boxes_payload_and_roles(tmp_path, draw):
     splits = Splits("open-set", tuple(rows[:2]), (rows[2],), (), (rows[3],), (rows[4],), digest="")
     table = open_table(write_manifest(splits, tmp_path / "m.csv"))
     assert sorted(table.records, key=lambda r: r.payload["price"]) == rows
+
+
+def test_a_manifest_that_cannot_be_written_leaves_nothing(tiny_folder, tmp_path):
+    splits = divide(open_table(tiny_folder), DataConfig())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_manifest(splits, tmp_path / "file" / "m.csv")
+    odd = Record(tmp_path / os.fsdecode(b"gr\xfc.jpg"), "a", "train")
+    with pytest.raises(DataError, match="not UTF-8"):
+        write_manifest(replace(splits, train=(odd,)), tmp_path / "m.csv")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_manifest_of_another_kind_is_refused(tiny_folder, tmp_path):

@@ -2,6 +2,8 @@
 
 import csv
 import os
+import subprocess
+import sys
 from datetime import date
 
 import pyarrow as pa
@@ -53,7 +55,7 @@ def test_a_folder_per_split_and_class(place):
     assert [(r.split, r.label) for r in table.records] == [
         ("test", "emu"), ("train", "cat"), ("train", "dog"), ("validation", "cat"),
     ]  # fmt: skip
-    assert "validation: 1 images of 1 classes" in table.describe()
+    assert "validation: 1 image of 1 class" in table.describe()
 
 
 @pytest.mark.parametrize(
@@ -322,3 +324,14 @@ def test_no_picture_is_opened_for_a_table(place):
     root = place("cat/1.jpg", "dog/2.jpg")
     (root / "cat" / "broken.jpg").write_text("no picture")
     assert len(open_table(root)) == 3
+
+
+def test_reading_tables_and_pictures_needs_no_torch():
+    modules = "imaging data data.table data.layouts data.manifest data.split data.check data.check_page"
+    modules += " data.reading data.benchmarks data.demo"
+    lines = [f"import dml.{name}" for name in modules.split()]
+    lines += ["import sys", "print({'torch', 'torchvision', 'scipy', 'pyarrow'} & set(sys.modules))"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

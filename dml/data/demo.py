@@ -22,13 +22,13 @@ from dml.data.patterns import GLYPHS, PALETTES, PATTERNS
 from dml.data.photo import Nuisances, draw_product
 from dml.data.products import SHAPES, TEXTURES, Product
 from dml.data.table import ImageTable
-from dml.errors import DataError
+from dml.errors import DataError, StorageError
 
 SPLIT_SHARES: Mapping[str, float] = {"train": 0.6, "validation": 0.16, "test": 0.24}
 FAMILY = 3
 """Products in a family."""
 MARKER = "demo.json"
-"""Written last: what was drawn, so that a half-drawn folder is never taken for a whole one."""
+"""Says what is being drawn, and at the end that it is complete: half a set is never taken for a whole one."""
 
 
 def demo_products(*, seed: int = 0, classes: int = 102) -> dict[str, list[Product]]:
@@ -106,6 +106,7 @@ def draw_demo(
 
     Raises:
         DataError: numbers below these, or a folder that holds something else.
+        StorageError: the disk is full or refuses.
     """
     if images_per_class < 2 or size < 32:
         raise DataError(f"at least 2 images per class of 32 pixels, got {images_per_class} of {size}")
@@ -119,21 +120,23 @@ def draw_demo(
         "size": size,
     }
     facts["nuisances"] = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(ranges).items()}
-    marker = root / MARKER
     if _finished(root, facts):
         return root
-    marker.unlink(missing_ok=True)
     total = classes * images_per_class
-    for done, (split, index, product, photo) in enumerate(_plan(parts, images_per_class), 1):
-        folder = root / split / product.name
-        folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng([seed, 2, index, photo])
-        picture = draw_product(rng, product, size, nuisances=ranges)
-        quality = round(rng.uniform(*ranges.jpeg_quality))
-        picture.save(folder / f"{photo:03d}.jpg", quality=quality, subsampling=2 if quality < 80 else 0)
-        if progress is not None:
-            progress(done, total)
-    marker.write_text(json.dumps(facts, indent=1))
+    try:
+        _mark(root, facts, complete=False)
+        for done, (split, index, product, photo) in enumerate(_plan(parts, images_per_class), 1):
+            folder = root / split / product.name
+            folder.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng([seed, 2, index, photo])
+            picture = draw_product(rng, product, size, nuisances=ranges)
+            quality = round(rng.uniform(*ranges.jpeg_quality))
+            picture.save(folder / f"{photo:03d}.jpg", quality=quality, subsampling=2 if quality < 80 else 0)
+            if progress is not None:
+                progress(done, total)
+        _mark(root, facts, complete=True)
+    except OSError as error:
+        raise StorageError(f"the demo set cannot be written to {root}: {error.strerror or error}") from error
     return root
 
 
@@ -146,31 +149,47 @@ def _plan(parts: Mapping[str, list[Product]], images: int) -> Iterator[tuple[str
             index += 1
 
 
+def _mark(root: Path, facts: Mapping[str, object], *, complete: bool) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    aside = root / f".{MARKER}.part"
+    aside.write_text(json.dumps({**facts, "complete": complete}, indent=1))
+    aside.replace(root / MARKER)
+
+
 def _finished(root: Path, facts: Mapping[str, object]) -> bool:
-    """Whether the same set is there already.
+    """Whether the same set is there already, complete.
 
     Raises:
         DataError: another set, or foreign files: nothing of a user's is ever overwritten.
     """
-    marker = root / MARKER
-    if marker.is_file():
-        if json.loads(marker.read_text()) == facts:
-            return True
-        raise DataError(
-            f"{root} holds a demo set drawn with other settings; give a new folder or remove this one"
-        )
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file; give a folder")
-    strange = sorted(p.name for p in root.iterdir() if p.name not in SPLIT_SHARES) if root.is_dir() else []
-    if strange:
-        raise DataError(f"{root} is not empty ({', '.join(strange[:5])}); give a new folder for the demo set")
-    return False
+    if not (root / MARKER).is_file():
+        found = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+        if found:
+            raise DataError(
+                f"{root} is not empty ({', '.join(found[:5])}); give a new folder for the demo set"
+            )
+        return False
+    drawn = _read_mark(root)
+    complete = drawn.pop("complete")
+    if drawn != facts:
+        raise DataError(f"{root} holds a demo set drawn with other settings; give a new folder or remove it")
+    return complete
+
+
+def _read_mark(root: Path) -> dict[str, Any]:
+    try:
+        drawn = json.loads((root / MARKER).read_text())
+        return {**drawn, "complete": bool(drawn["complete"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{root / MARKER} is damaged; remove {root}, or give a new folder") from error
 
 
 def open_demo(root: Path) -> ImageTable:
-    """The demo set as a table; drawn first where it is not there ("demo:FOLDER" as a source)."""
+    """The demo set as a table, for "demo:FOLDER" as a source; drawn first where it is not complete."""
     from dml.data.layouts import read_folder
 
-    if not (root / MARKER).is_file():
+    if not (root / MARKER).is_file() or not _read_mark(root)["complete"]:
         draw_demo(root)
     return read_folder(root)

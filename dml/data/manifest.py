@@ -9,6 +9,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, datetime, time
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from dml.data.layouts import split_and_role
 from dml.data.table import SPLIT_NAMES, Box, ImageTable, Record, Role
-from dml.errors import DataError
+from dml.errors import DataError, StorageError
 
 _ALIASES = {"is_query": "query", "is_gallery": "gallery"}
 _OWN = ("path", "label", "split", "box", "query", "gallery")
@@ -256,20 +257,31 @@ def _plain(value: Any) -> Any:
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> Path:
-    """Write rows with the same keys as a manifest, completely or not at all; the ending decides the
-    format."""
+    """Write rows with the same keys as a manifest, completely or not at all; the ending decides the format.
+
+    Raises:
+        DataError: another ending, or a file name that is not UTF-8.
+        StorageError: the disk is full or refuses.
+    """
     if path.suffix.lower() not in (".csv", ".tsv", ".parquet"):
         raise DataError(f"{path}: a manifest ends in .csv, .tsv or .parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     write: Callable[[Sequence[Row], Path], None] = (
         _write_parquet if path.suffix.lower() == ".parquet" else _write_csv
     )
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(rows, aside)
         aside.replace(path)
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path}: the name {error.object!r} is not UTF-8, so no manifest can hold it; rename it"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     return path
 
 

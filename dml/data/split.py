@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dml.config import DataConfig
-from dml.data.table import ImageTable, Record, counted
+from dml.data.table import ImageTable, Record, count_text, counted
 from dml.errors import DataError
 
 Protocol = Literal["open-set", "closed-set"]
@@ -54,7 +54,7 @@ class Splits:
         for name in _PARTS:
             rows: Records = getattr(self, name)
             if rows:
-                lines.append(f"  {name}: {len(rows):,} images of {len(counted(rows)):,} classes")
+                lines.append(f"  {name}: {count_text(len(rows), len(counted(rows)))}")
         tested = set(counted(self.test + self.query))
         shared = {"train & test": set(self.classes) & tested}
         shared["train & validation"] = set(self.classes) & set(counted(self.validation))

@@ -75,11 +75,11 @@ class ImageTable:
 
     def describe(self) -> str:
         """What was recognised, in a few lines for a terminal."""
-        lines = [f"{self.name}: {self.layout}, {_count(len(self.records), len(self.classes))}"]
+        lines = [f"{self.name}: {self.layout}, {count_text(len(self.records), len(self.classes))}"]
         if set(self.splits) != {""}:
             for split, rows in self.splits.items():
                 found = {r.label for r in rows if r.label is not None}
-                lines.append(f"  {split or '(no split)'}: {_count(len(rows), len(found))}")
+                lines.append(f"  {split or '(no split)'}: {count_text(len(rows), len(found))}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -143,5 +143,9 @@ def counted(records: Iterable[Record]) -> Counter[str]:
     return Counter(r.label for r in records if r.label is not None)
 
 
-def _count(images: int, classes: int) -> str:
-    return f"{images:,} images" + (f" of {classes:,} classes" if classes else ", no labels")
+def count_text(images: int, classes: int) -> str:
+    """ "1 image of 1 class", "1,200 images of 20 classes", "3 images, no labels"."""
+    shown = f"{images:,} image" + ("" if images == 1 else "s")
+    return (
+        f"{shown} of {classes:,} class" + ("" if classes == 1 else "es") if classes else f"{shown}, no labels"
+    )
