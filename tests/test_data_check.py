@@ -49,7 +49,7 @@ def test_every_bad_file_is_listed(place):
         "cat/text.jpg": "not", "dog/empty.png": "empty", "dog/half.jpg": "damaged",
     }  # fmt: skip
     assert not report.ok
-    assert "3 images that cannot be read" in report.describe()
+    assert "images that cannot be read (3):" in report.describe()
 
 
 def test_tiny_classes_count_readable_training_images(place):

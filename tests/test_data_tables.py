@@ -91,7 +91,7 @@ def test_the_first_folder_is_the_class_however_deep_a_picture_lies(place):
 def test_loose_pictures_beside_classes_are_kept_without_a_label(place):
     table = open_table(place("cat/1.jpg", "dog/1.jpg", "loose.jpg"))
     assert labels(table)["loose.jpg"] is None
-    assert any("1 pictures lie outside" in note for note in table.notes)
+    assert any("1 image, no labels: outside any class folder" in note for note in table.notes)
 
 
 def test_a_class_may_be_called_train(place):

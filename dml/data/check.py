@@ -165,7 +165,7 @@ def _block(title: str, entries: Sequence[str], most: int) -> list[str]:
     if not entries:
         return []
     more = [f"  … and {len(entries) - most:,} more"] if len(entries) > most else []
-    return [f"{len(entries):,} {title}:", *(f"  {entry}" for entry in entries[:most]), *more]
+    return [f"{title} ({len(entries):,}):", *(f"  {entry}" for entry in entries[:most]), *more]
 
 
 def write_manifest(splits: Splits, path: Path) -> Path:

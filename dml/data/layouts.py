@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from dml.data.table import MANIFEST_SUFFIXES, SPLIT_NAMES, ImageTable, Record, Role
+from dml.data.table import MANIFEST_SUFFIXES, SPLIT_NAMES, ImageTable, Record, Role, count_text
 from dml.errors import DataError
 from dml.imaging import IMAGE_SUFFIXES
 
@@ -50,7 +50,7 @@ def read_folder(root: Path) -> ImageTable:
         layout = "CLASS folders" if any(r.label is not None for r in records) else "unlabelled"
     loose = sum(r.label is None for r in records)
     if loose and loose < len(records):
-        notes.append(f"{loose:,} pictures lie outside any class folder and have no label")
+        notes.append(f"{count_text(loose, 0)}: outside any class folder")
     return ImageTable(root.resolve().name, root, layout, tuple(records), tuple(notes))
 
 
@@ -146,7 +146,9 @@ def _nothing_in(root: Path, others: Counter[str]) -> str:
 
 def _left_out(others: Counter[str]) -> str:
     kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in others.most_common(5))
-    return f"{others.total():,} files that are no pictures by their name ({kinds})"
+    total = others.total()
+    noun = "file that is no picture by its name" if total == 1 else "files that are no pictures by their name"
+    return f"{total:,} {noun} ({kinds})"
 
 
 def _some(names: list[str], most: int = 5) -> str:
