@@ -4,8 +4,8 @@
     python -m eval.recall ENCODER photos/ --k 1,10,100
     python -m eval.recall EMBEDDINGS [--gallery EMBEDDINGS]
 
-EMBEDDINGS is what `dml embed` writes, or any folder with vectors.npy, or a .npy or .parquet file of vectors;
-their labels come from the column `label`, from `labels.npy` beside them, or from the first folder of each id.
+EMBEDDINGS is a folder that `dml embed` has made, or your own vectors: a .npy file (or vectors.npy in a
+folder) with labels.npy, and optionally ids.npy, beside it.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dml.encoder.embeddings import is_embeddings as made_by_embed
+from dml.encoder.embeddings import open_embeddings
 from dml.errors import DataError, DmlError, UsageError
 from dml.metrics import RetrievalMetrics, nmi, retrieval_metrics
 from eval.gate import read_ks
@@ -114,78 +116,49 @@ def describe(path: Path, queries: Embeddings, metrics: RetrievalMetrics) -> str:
 
 
 def is_embeddings(path: Path) -> bool:
-    """Whether a path holds vectors (and no encoder)."""
-    return path.suffix in (".npy", ".parquet") or (path.is_dir() and bool(vector_files(path)))
-
-
-def vector_files(folder: Path) -> list[Path]:
-    names = ("vectors.npy", "embeddings.npy", "vectors.parquet", "embeddings.parquet")
-    return [folder / name for name in names if (folder / name).is_file()]
+    """Whether a path holds vectors, and not an encoder."""
+    return path.suffix == ".npy" or embedded_by_dml(path) or (path / "vectors.npy").is_file()
 
 
 def read_embeddings(path: Path) -> Embeddings:
     """Read vectors with ids and labels.
 
     Raises:
-        DataError: no such file, not vectors, or no labels to be found.
+        DataError: no such file, not vectors, no labels, or numbers of rows that differ.
     """
-    file = vector_files(path)[0] if path.is_dir() else path
+    if embedded_by_dml(path):
+        opened = open_embeddings(path)
+        labels = [item.label for item in opened.items]
+        if not any(label is not None for label in labels):
+            raise DataError(
+                f"{path} has no labels, so nothing tells right from wrong; embed labelled folders"
+            )
+        return Embeddings(opened.vectors, labels, [item.id for item in opened.items])
+    file = path / "vectors.npy" if path.is_dir() else path
+    vectors = read_array(file, "`dml embed` makes them")
+    labels = read_array(file.with_name("labels.npy"), f"give the label of every row of {file.name}").tolist()
+    ids = file.with_name("ids.npy")
+    who = read_array(ids, "").tolist() if ids.is_file() else list(range(len(vectors)))
+    if vectors.ndim != 2 or not len(vectors) == len(labels) == len(who):
+        raise DataError(
+            f"{file}: expected rows of vectors with one label and one id each, got an array of shape "
+            f"{vectors.shape} with {len(labels)} labels and {len(who)} ids"
+        )
+    return Embeddings(vectors, labels, who)
+
+
+def read_array(file: Path, advice: str) -> NDArray[Any]:
+    """A .npy file without pickled objects."""
     if not file.is_file():
-        raise DataError(f"There are no embeddings {file}; `dml embed` makes them.")
+        raise DataError(f"There is no {file}: {advice}.")
     try:
-        found = read_table(file) if file.suffix == ".parquet" else read_arrays(file)
-    except (ValueError, OSError, KeyError) as error:
-        raise DataError(f"{file} cannot be read as embeddings: {error}") from None
-    if found.vectors.ndim != 2 or not len(found.vectors):
-        raise DataError(f"{file} holds no rows of vectors: its shape is {found.vectors.shape}")
-    if not len(found.vectors) == len(found.labels) == len(found.ids):
-        raise DataError(
-            f"{file}: {len(found.vectors)} vectors, {len(found.labels)} labels and {len(found.ids)} ids; "
-            f"there must be one of each per row"
-        )
-    return found
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} cannot be read as an array: {error}") from None
 
 
-def read_table(file: Path) -> Embeddings:
-    """A parquet table with the columns vector, id, and label (else labels from the ids)."""
-    from pyarrow import parquet
-
-    table = parquet.read_table(file)
-    names = table.column_names
-    vectors = np.stack([np.asarray(row, np.float32) for row in table.column("vector").to_pylist()])
-    ids = table.column("id").to_pylist() if "id" in names else list(range(len(vectors)))
-    labels = table.column("label").to_pylist() if "label" in names else labels_of(ids, file)
-    return Embeddings(vectors, labels, ids)
-
-
-def read_arrays(file: Path) -> Embeddings:
-    """A .npy file of vectors with ids and labels in files beside it."""
-    vectors = np.load(file, mmap_mode="r", allow_pickle=False)
-    ids = read_list(file.parent, "ids")
-    ids = list(range(len(vectors))) if ids is None else ids
-    labels = read_list(file.parent, "labels")
-    return Embeddings(vectors, labels_of(ids, file) if labels is None else labels, ids)
-
-
-def read_list(folder: Path, name: str) -> list[Any] | None:
-    """NAME.npy, NAME.txt (one per line) or NAME.json of a folder; None where there is none."""
-    if (folder / f"{name}.npy").is_file():
-        return np.load(folder / f"{name}.npy", allow_pickle=False).tolist()
-    if (folder / f"{name}.txt").is_file():
-        return (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    if (folder / f"{name}.json").is_file():
-        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return None
-
-
-def labels_of(ids: Sequence[Any], file: Path) -> list[str]:
-    """The folder of each id, where ids are paths CLASS/picture."""
-    if not all(isinstance(id, str) and "/" in id for id in ids):
-        raise DataError(
-            f"{file} has no labels: give a column label, or labels.npy beside it, or ids like "
-            f"CLASS/picture.jpg"
-        )
-    return [id.split("/")[-2] for id in ids]
+def embedded_by_dml(path: Path) -> bool:
+    return path.is_dir() and made_by_embed(path)
 
 
 if __name__ == "__main__":

@@ -282,22 +282,36 @@ class TestRecallCommand:
         found = json.loads(capsys.readouterr().out)
         assert found["metrics"]["recall@1"] == pytest.approx(evaluation.metrics.recall[1])
 
-    def test_labels_come_from_the_ids_where_they_are_paths(self, tmp_path, evaluation, capsys):
-        np.save(tmp_path / "vectors.npy", evaluation.query_vectors)
-        ids = [f"{r.label}/{r.path.name}" for r in evaluation.query]
-        (tmp_path / "ids.txt").write_text("\n".join(ids))
-        assert recall.main([str(tmp_path), "--k", "1"]) == 0
-        assert f"Recall@1      {evaluation.metrics.recall[1]:.4f}".lower() in capsys.readouterr().out
+    def test_what_dml_embed_writes_is_read(self, encoder, tiny_folder, tmp_path, evaluation, capsys):
+        from dml.encoder.embeddings import embed_table
 
-    def test_vectors_without_labels_are_refused_with_the_ways_to_give_them(self, tmp_path, capsys):
+        for format in ("npy", "parquet"):
+            embed_table(encoder, open_table(tiny_folder), tmp_path / format, format=format)
+            assert recall.main([str(tmp_path / format), "--k", "1", "--nmi"]) == 0
+            said = capsys.readouterr().out
+            assert f"recall@1      {evaluation.metrics.recall[1]:.4f}" in said
+            assert f"nmi           {evaluation.nmi:.4f}" in said
+
+    def test_a_separate_gallery_leaves_out_equal_ids(self, arrays, tmp_path, evaluation, capsys):
+        np.save(arrays / "ids.npy", np.arange(len(evaluation.query)))
+        assert recall.main([str(arrays), "--gallery", str(arrays), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["metrics"]["map@r"] == pytest.approx(evaluation.metrics.map_at_r, abs=1e-6)
+
+    def test_vectors_without_labels_are_refused_with_the_way_to_give_them(self, tmp_path, capsys):
         np.save(tmp_path / "vectors.npy", np.eye(4, dtype=np.float32))
         assert recall.main([str(tmp_path)]) == 3
-        assert "has no labels" in capsys.readouterr().err
+        assert "give the label of every row" in capsys.readouterr().err
+
+    def test_rows_and_labels_must_be_as_many(self, arrays, capsys):
+        np.save(arrays / "labels.npy", ["a", "b"])
+        assert recall.main([str(arrays / "vectors.npy")]) == 3
+        assert "48, 16) with 2 labels" in capsys.readouterr().err
 
     def test_pickled_arrays_are_not_read(self, tmp_path, capsys):
         np.save(tmp_path / "vectors.npy", np.array([{"a": 1}], dtype=object))
         assert recall.main([str(tmp_path)]) == 3
-        assert "cannot be read as embeddings" in capsys.readouterr().err
+        assert "cannot be read as an array" in capsys.readouterr().err
 
 
 class TestCommand:
