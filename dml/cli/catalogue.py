@@ -50,9 +50,18 @@ def trunks(
     as_json: AsJson = False,
 ) -> None:
     """Trunks: our own and every timm model."""
-    from dml.models.trunks import list_trunks
+    from fnmatch import fnmatch
 
-    show(list_trunks(pattern), as_json)
+    import timm
+
+    from dml.models import DESCRIPTIONS
+
+    wanted = f"*{pattern}*"
+    rows = {name: text for name, text in DESCRIPTIONS.items() if fnmatch(name, wanted)}
+    published = {name.partition(".")[0] for name in timm.list_models(wanted, pretrained=True)}
+    for name in timm.list_models(wanted):
+        rows[name] = "timm, with published weights" if name in published else "timm"
+    show(rows, as_json)
 
 
 @app.command()

@@ -1,5 +1,10 @@
 """`dml demo`: the whole way in one command, on drawn pictures or on the user's own."""
 
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -36,20 +41,52 @@ def demo(
     say(console, f"dml index build {source} --encoder {run} --out {collection} --overwrite")
     build(source, encoder=run, out=collection, overwrite=True)
 
-    from dml.cli.eval import eval as measure
-
-    say(console, f"dml eval {run} --collection {collection} --report {report}")
-    measure(run, collection=collection, report=report)
-
-    console.print(f"\nReport: {report}", highlight=False)
-    page = f"dml serve {collection} --port {port}"
-    if not serve:
-        console.print(f"Search page: {page}", highlight=False)
-        return
-    from dml.cli.serve import serve as answer
-
+    page = f"dml serve {collection} --port {port if serve else 0}"
     say(console, page)
-    answer([collection], port=port)
+    command = ["serve", str(collection), "--port", str(port if serve else 0)]
+    with running(command, log=folder / "service.log") as (service, address):
+        console.print(f"Search page: {address}", highlight=False)
+
+        from dml.cli.eval import eval as measure
+
+        say(console, f"dml eval {run} --collection {collection} --url {address} --report {report}")
+        measure(run, collection=collection, url=address, report=report)
+
+        console.print(f"\nReport: {report}", highlight=False)
+        if serve:
+            console.print(f"[bold]Search page: {address}[/bold]   (Ctrl-C ends it)", highlight=False)
+            service.wait()
+            return
+    console.print(f"Search page: dml serve {collection}", highlight=False)
+
+
+@contextmanager
+def running(arguments: list[str], *, log: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A `dml` command in a process of its own, and the address it says it answers on; ended on leaving.
+
+    Args:
+        log: file for what it writes to stderr, a line per request.
+
+    Raises:
+        ServiceError: it ended before it answered, with the last thing it said.
+    """
+    from dml.errors import ServiceError
+
+    with log.open("w") as told:
+        command = [sys.executable, "-m", "dml.cli.main", *arguments]
+        service = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True)
+    try:
+        assert service.stdout is not None
+        found = next((m for line in service.stdout if (m := re.search(r"https?://\S+", line))), None)
+        if found is None:
+            code, last = service.wait(), "".join(log.read_text().splitlines()[-1:])
+            raise ServiceError(f"dml {' '.join(arguments)} ended with code {code} before it answered. {last}")
+        yield service, found.group().rstrip("/.,")
+    except KeyboardInterrupt:
+        pass  # the usual way to end a service
+    finally:
+        service.terminate()
+        service.wait()
 
 
 def say(console, command: str) -> None:  # noqa: ANN001

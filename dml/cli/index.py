@@ -50,6 +50,9 @@ def build(
     device: Device = "auto",
     store: Store = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the collection at --out.")] = False,
+    if_missing: Annotated[
+        bool, typer.Option("--if-missing", help="Do nothing when a collection is already at --out.")
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="Name of the collection. Default: that of its folder.")
     ] = None,
@@ -65,8 +68,12 @@ def build(
 
     A collection of the same encoder that is already at --out gets the items added.
     """
+    from dml.collection import is_collection
     from dml.collection.build import Settings, build_collection
 
+    if if_missing and is_collection(out):
+        typer.echo(f"{out} is there already; nothing to do", err=True)
+        return
     with progress_bar("embedding") as progress:
         report = build_collection(
             source,
