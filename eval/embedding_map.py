@@ -64,7 +64,10 @@ def place(vectors: NDArray[np.float32], *, seed: int = 0, most: int = MOST_POINT
 def thumbnails_on(dots: Sequence[Dot], *, apart: float = 62) -> list[Dot]:
     """Dots that may carry a thumbnail of about `apart` pixels without covering another one."""
     chosen: list[Dot] = []
-    for dot in dots:
+    order = np.random.default_rng(0).permutation(
+        len(dots)
+    )  # rows come class by class; first come, first shown
+    for dot in (dots[place] for place in order):
         if all(abs(dot.x - o.x) >= apart or abs(dot.y - o.y) >= apart for o in chosen):
             chosen.append(dot)
     return chosen
