@@ -504,13 +504,20 @@ def _in_threads(
     work: Callable[[NDArray[np.float32], Ints], None], similarity: NDArray[np.float32], rows: Ints
 ) -> None:
     """Give every processor a slice of the rows: BLAS has threads of its own, selecting in numpy has not."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    workers = _processors()
     if similarity.size < 1_000_000 or workers == 1:
         work(similarity, rows)
         return
     edges = np.linspace(0, len(rows), min(2 * workers, len(rows)) + 1, dtype=int)
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda cut: work(similarity[slice(*cut)], rows[slice(*cut)]), pairwise(edges)))
+
+
+def _processors() -> int:
+    """How many this process may use, and not more than OMP_NUM_THREADS grants to BLAS."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    granted = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(usable, int(granted))) if granted.isdigit() else usable
 
 
 def _best(similarity: NDArray[np.float32], k: int) -> tuple[Ints, NDArray[np.float32]]:
