@@ -1,7 +1,7 @@
 """What one training run is made of. A recipe is a TOML file with the same shape.
 
-Defaults live here and nowhere else; a recipe states only what differs. Rules that join two fields are checked in
-`__post_init__`, and their messages say why.
+Defaults live here and nowhere else; a recipe states only what differs. Rules that join two fields are
+checked in `__post_init__`, and their messages say why.
 """
 
 import tomllib
@@ -21,7 +21,7 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class Part:
-    """One swappable component: which class (a known name or "package.module:Class"), and its keyword arguments."""
+    """One swappable component: a known name or "package.module:Class", and its keyword arguments."""
 
     __pydantic_config__ = STRICT
 
@@ -48,14 +48,15 @@ class DataConfig:
     source: str = ""
     """A folder, a manifest (.csv, .parquet) or the name of a data set; the command line's DATA goes here."""
     protocol: Literal["auto", "open-set", "closed-set"] = "auto"
-    """open-set: validation and test classes are not trained on. closed-set: held-out images of the same classes.
+    """open-set: validation and test classes are not trained on. closed-set: held-out images of the same
+    classes.
     auto: open-set from 20 classes on, closed-set below."""
     validation_share: float = 0.2
-    """Share of the training classes (open-set) or of the images of each class (closed-set) that selects the model."""
+    """Share of the classes (open-set) or of each class's images (closed-set) that selects the model."""
     test_share: float = 0.2
     """The same for the test split, when the data has none of its own."""
     split_seed: int = 0
-    """Decides which classes are held out. Apart from train.seed, so that seeds of one comparison share a split."""
+    """Decides what is held out. Apart from train.seed, so that seeds of one comparison share a split."""
     image_size: int = 64
     """Side of the square the network sees, in pixels."""
     fit: Literal["crop", "pad", "squash"] = "crop"
@@ -63,7 +64,7 @@ class DataConfig:
     augmentation: Part = Part("standard")
     """Random changes to training pictures."""
     max_bad_share: float = 0.05
-    """A run fails when more than this share of its pictures cannot be read; below, they are skipped and listed."""
+    """Unreadable pictures are skipped and listed; a run fails when more than this share of them is."""
     memory_gb: float = 2.0
     """Decoded training pictures are kept in memory as uint8 when they fit in this many gigabytes."""
     workers: int = 2
@@ -76,7 +77,8 @@ class DataConfig:
                 raise ValueError(f"{name} must be between 0 and 1 (both excluded), got {share}")
         if self.validation_share + self.test_share >= 1:
             raise ValueError(
-                f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing to train on"
+                f"validation_share {self.validation_share} and test_share {self.test_share} "
+                f"leave nothing to train on"
             )
         if self.image_size < 16:
             raise ValueError(f"image_size must be at least 16 pixels, got {self.image_size}")
@@ -103,8 +105,8 @@ class ModelConfig:
     freeze_batch_norm: bool = False
     """Keep the running statistics of BatchNorm as they are (usual when fine-tuning small batches)."""
     attention: Literal["none", "branch", "gate"] = "none"
-    """Squeeze-and-excitation on the feature map: "branch" feeds CC-Loss only and is dropped after training, "gate"
-    multiplies the features and stays."""
+    """Squeeze-and-excitation on the feature map: "branch" feeds CC-Loss only and is dropped after training,
+    "gate" multiplies the features and stays."""
     attention_reduction: int = 16
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
     learning_rate: float = 1e-3
     loss_learning_rate: float = 0.0
-    """For the loss's own parameters (proxies, classifiers, centres), which have their own group; 0: learning_rate."""
+    """For the loss's own parameters (proxies, classifiers, centres); 0: the same as learning_rate."""
     weight_decay: float = 1e-4
     momentum: float = 0.9
     """Only for sgd and rmsprop."""
@@ -276,7 +278,9 @@ def toml_value(text: str) -> Any:
 def recipe_names() -> list[str]:
     """The bundled recipes, by name."""
     folder = resources.files("dml") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def recipe_path(source: str | Path) -> Path:
@@ -285,12 +289,15 @@ def recipe_path(source: str | Path) -> Path:
     names = recipe_names()
     if str(source) not in names and (path.suffix == ".toml" or path.is_file()):
         if not path.is_file():
-            raise ConfigError(f"There is no recipe file {path}. Bundled recipes: {', '.join(recipe_names())}.")
+            raise ConfigError(
+                f"There is no recipe file {path}. Bundled recipes: {', '.join(recipe_names())}."
+            )
         return path
     if str(source) not in names:
         guess = get_close_matches(str(source), names, n=1)
         hint = f' Did you mean "{guess[0]}"?' if guess else ""
-        raise ConfigError(f'Unknown recipe "{source}".{hint} Bundled: {", ".join(names)}; or give a .toml file.')
+        known = ", ".join(names)
+        raise ConfigError(f'Unknown recipe "{source}".{hint} Bundled: {known}; or give a .toml file.')
     return Path(str(resources.files("dml") / "recipes" / f"{source}.toml"))
 
 

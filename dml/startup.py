@@ -1,14 +1,14 @@
 """What our commands set for their own process before anything heavy is loaded.
 
-Only entry points call this (`dml`, `python -m eval.…`, the service): importing the library changes nothing. A variable
-that the user has set stays as it is.
+Only entry points call this (`dml`, `python -m eval.…`, the service): importing the library changes nothing.
+A variable that the user has set stays as it is.
 """
 
 import os
 
 DEFAULTS = {
-    # Threads that wait by spinning fight each other for cores as soon as anything else runs on the machine; sleeping
-    # costs next to nothing when nothing does.
+    # Threads that wait by spinning fight each other for cores as soon as anything else runs on the machine;
+    # sleeping costs next to nothing when nothing does.
     "OMP_WAIT_POLICY": "passive",
     "KMP_BLOCKTIME": "0",
 }

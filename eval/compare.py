@@ -1,11 +1,11 @@
 """Several recipes on one data set under the same settings, in one table.
 
-    python -m eval.compare DATA --rows pixels untrained multi_similarity cbml_scratch iaa --seeds 2 --out runs/compare
+    python -m eval.compare DATA --rows pixels untrained multi_similarity cbml_scratch iaa --out runs/compare
 
-Every trained row sees the same splits, trunk, augmentation, batch and schedule; what differs is what its recipe says
-about the loss and its stages. The model is chosen by MAP@R on validation classes; the test split is measured once,
-at the end. Rows that are done are read back, so an interrupted comparison goes on. With one or two seeds this gives an
-impression, not a claim: claims need equal tuning budgets and more seeds (`dml bench`).
+Every trained row sees the same splits, trunk, augmentation, batch and schedule; what differs is what its
+recipe says about the loss and its stages. The model is chosen by MAP@R on validation classes; the test split
+is measured once, at the end. Rows that are done are read back, so an interrupted comparison goes on. With one
+or two seeds this gives an impression, not a claim: claims need equal tuning budgets and more seeds.
 """
 
 import argparse

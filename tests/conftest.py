@@ -85,9 +85,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder folder made of an untrained tiny trunk: 32 px pictures, 16 dimensions."""
     torch = pytest.importorskip("torch")
-    from dml.encoder.artifact import save_encoder
-
     from dml.config import ModelConfig
+    from dml.encoder.artifact import save_encoder
     from dml.encoder.preprocess import Preprocess
     from dml.models import build_model
 

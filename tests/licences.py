@@ -11,7 +11,7 @@ import sys
 FORBIDDEN = re.compile(r"(?<!L)(?<!Lesser )(?<!Library )\bA?GPL|Affero|GNU General Public", re.IGNORECASE)
 OR_ANOTHER = re.compile(r"\bOR\b|;|dual", re.IGNORECASE)
 """A choice of licences counts as the better one, when it names one that is fine."""
-FINE = re.compile(r"MIT|BSD|Apache|PSF|Python Software|ISC|MPL|Mozilla|Zlib|LGPL|Lesser|Unlicense|HPND|0BSD", re.IGNORECASE)
+FINE = re.compile(r"MIT|BSD|Apache|PSF|Python|ISC|MPL|Mozilla|Zlib|LGPL|Lesser|Unlicense|HPND", re.IGNORECASE)
 
 
 def installed() -> list[dict[str, str]]:

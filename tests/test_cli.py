@@ -20,7 +20,19 @@ def test_help_is_instant_and_names_every_verb() -> None:
     best = min(timed_help() for _ in range(3))
     assert best < 0.5, f"dml --help took {best:.2f} s"
     told = dml("--help").stdout
-    for verb in ("train", "eval", "encoder", "embed", "index", "search", "serve", "data", "list", "demo", "doctor"):
+    for verb in (
+        "train",
+        "eval",
+        "encoder",
+        "embed",
+        "index",
+        "search",
+        "serve",
+        "data",
+        "list",
+        "demo",
+        "doctor",
+    ):
         assert verb in told
 
 

@@ -95,7 +95,9 @@ def test_an_override_through_a_value_is_refused() -> None:
         load_recipe("triplet", {"loss.name.more": "1"})
 
 
-def test_a_folder_called_like_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_called_like_a_recipe_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cbml").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("cbml").loss.name == "contrastive_bayesian"

@@ -31,7 +31,12 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, tiny_folder: Path, tiny_e
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    verbs = {tuple(line.split()[:3]) for block in blocks("sh") for line in block.splitlines() if line.startswith("dml ")}
+    verbs = {
+        tuple(line.split()[:3])
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("dml ")
+    }
     assert len(verbs) >= 6
     for _, verb, word in verbs:
         group = [verb, word] if verb in ("data", "index", "encoder", "list") else [verb]

@@ -12,13 +12,20 @@ import typer
 
 
 def demo(
-    data: Annotated[str, typer.Argument(metavar="[DATA]", help="Your labelled folder; else pictures are drawn.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Where everything goes. Default: demo-output/NAME.")] = None,
+    data: Annotated[
+        str, typer.Argument(metavar="[DATA]", help="Your labelled folder; else pictures are drawn.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Where everything goes. Default: demo-output/NAME.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A bundled recipe or a .toml file.")] = "demo",
-    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="End with the search page, or with the report.")] = True,
+    serve: Annotated[
+        bool, typer.Option("--serve/--no-serve", help="End with the search page, or with the report.")
+    ] = True,
     port: Annotated[int, typer.Option(help="Where the page answers.")] = 8000,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; may be repeated."),
     ] = None,
 ) -> None:
     """Train, index, evaluate and serve: each step is printed as the command that does it alone."""
@@ -28,7 +35,9 @@ def demo(
 
     console = Console(stderr=True)
     if data and not Path(data).exists() and ":" not in data:
-        raise DataError(f"There is no folder or manifest {data}. Give a folder with one sub-folder of pictures per class.")
+        raise DataError(
+            f"There is no folder or manifest {data}. Give a folder with one sub-folder of pictures per class."
+        )
     folder = out or Path("demo-output") / (Path(data).resolve().name if data else "drawn")
     source = data or str(draw(folder / "pictures", console))
     run, collection, report = folder / "run", folder / "collection", folder / "report.html"
@@ -89,12 +98,12 @@ def running(arguments: list[str], *, log: Path) -> Iterator[tuple[subprocess.Pop
         service.wait()
 
 
-def say(console, command: str) -> None:  # noqa: ANN001
+def say(console, command: str) -> None:
     """Show the command that the next step is."""
     console.print(f"\n[bold]$ {command}[/bold]", highlight=False)
 
 
-def draw(folder: Path, console) -> Path:  # noqa: ANN001
+def draw(folder: Path, console) -> Path:
     """The embedded data set, drawn once."""
     from dml.data.demo import draw_demo
 

@@ -59,7 +59,8 @@ def examine() -> dict[str, Any]:
     if packages["faiss-cpu"] or packages["faiss-gpu"]:
         import faiss
 
-        build = f"{faiss.get_compile_options().strip()}; {faiss.get_num_gpus() if packages['faiss-gpu'] else 0} GPUs"
+        devices = faiss.get_num_gpus() if packages["faiss-gpu"] else 0
+        build = f"{faiss.get_compile_options().strip()}; {devices} GPUs"
     else:
         build = "not installed"
     free = shutil.disk_usage(".").free / 1e9

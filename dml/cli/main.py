@@ -1,4 +1,4 @@
-"""The `dml` command. Each verb lives in a module that is loaded when the verb is used, so `dml --help` is instant."""
+"""The `dml` command. A verb's module is loaded when the verb is used, so that `dml --help` is instant."""
 
 import sys
 from importlib import import_module
@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("dml.cli.demo:demo", "Train, index, evaluate and serve, on drawn or on your own pictures."),
     "doctor": ("dml.cli.doctor:doctor", "Say what is installed here and what is missing."),
 }
-"""verb -> (where it lives, one line of help). Adding a verb is one line here and one function or Typer app there."""
+"""verb -> (where its function or Typer app lives, one line of help)."""
 
 
 class LazyGroup(TyperGroup):

@@ -113,8 +113,8 @@ def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False):
                     figures = f"validation MAP@R {event.figures['map_at_r']:.3f}"
                     mark = "  best so far" if event.best else ""
                     console.print(
-                        f"  epoch {event.epoch + 1:>3}  step {event.step:>5}  MAP@R {event.figures['map_at_r']:.4f}  "
-                        f"Recall@1 {event.figures['recall_at_1']:.4f}{mark}"
+                        f"  epoch {event.epoch + 1:>3}  step {event.step:>5}  "
+                        f"MAP@R {event.figures['map_at_r']:.4f}  Recall@1 {event.figures['recall_at_1']:.4f}{mark}"
                     )
                 elif isinstance(event, Finished):
                     finished = event

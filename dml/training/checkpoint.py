@@ -1,6 +1,7 @@
 """State that lets a killed run go on as if nothing had happened.
 
-A checkpoint holds tensors and plain values only and is read with `weights_only=True`: no code runs on loading.
+A checkpoint holds tensors and plain values only and is read with `weights_only=True`: no code runs on
+loading.
 """
 
 import os
@@ -88,7 +89,7 @@ def load_checkpoint(
         )
     if state["recipe"] != recipe_digest:
         raise ConfigError(
-            f"The checkpoint {path} was written by another recipe. Use the recipe.toml beside it, or another --out."
+            f"The checkpoint {path} was written by another recipe. Use its recipe.toml, or another --out."
         )
     learner.load_state_dict(state["learner"])
     optimizer.load_state_dict(state["optimizer"])

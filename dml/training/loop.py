@@ -1,4 +1,4 @@
-"""The training loop. It yields after every optimiser step; logging, evaluation and checkpoints belong to the caller."""
+"""The training loop. It yields after every step; logging, evaluation and checkpoints belong to the caller."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -105,8 +105,8 @@ def moved(batches: Iterable[Batch], fabric: Fabric) -> Iterator[Batch]:
 def learning_rate_schedule(config: TrainConfig) -> Callable[[float], float]:
     """Share of the run done -> factor on the learning rate: a linear warm-up, then cosine, steps or nothing.
 
-    With t the share of the run behind the warm-up, in [0, 1]: cosine is (1 + cos πt)/2; step multiplies by `decay`
-    at each milestone passed.
+    With t the share of the run behind the warm-up, in [0, 1]: cosine is (1 + cos πt)/2; step multiplies by
+    `decay` at each milestone passed.
     """
 
     def factor(done: float) -> float:
@@ -123,7 +123,7 @@ def learning_rate_schedule(config: TrainConfig) -> Callable[[float], float]:
 
 
 def make_optimizer(learner: Learner, config: TrainConfig) -> torch.optim.Optimizer:
-    """Three groups: weights, biases and norms without decay, and the loss's own parameters at their own rate."""
+    """Weights; biases and norms, without decay; and the loss's own parameters, at their own rate."""
     own = list(learner.objective.loss_parameters())
     known = {id(p) for p in own}
     rest = [p for p in learner.parameters() if p.requires_grad and id(p) not in known]

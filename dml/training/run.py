@@ -90,8 +90,8 @@ Event = Started | Step | Evaluated | Finished
 def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]:
     """Run a recipe, yielding what happens; leave the run folder `out` behind.
 
-    Stopping the iteration early loses nothing that a checkpoint has seen; with `resume` the next call goes on from it
-    and gives, on the same machine's CPU, the same numbers as a run that was never stopped.
+    Stopping the iteration early loses nothing that a checkpoint has seen; with `resume` the next call goes
+    on from it and gives, on the same machine's CPU, the same numbers as a run that was never stopped.
 
     Raises:
         ConfigError: `out` holds another run, or parts of the recipe do not fit together.
@@ -106,8 +106,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]
 def train_final(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]:
     """Select on held-out classes, then train again on all classes for the chosen number of epochs.
 
-    The selected run is `out/selection`. The second model has seen every class, so nothing is left to measure it on:
-    its encoder carries the selected model's figures, labelled as such.
+    The selected run is `out/selection`. The second model has seen every class, so nothing is left to measure
+    it on: its encoder carries the selected model's figures, labelled as such.
     """
     chosen: Standing | None = None
     for event in train(recipe, out / "selection", resume=resume):
@@ -347,7 +347,7 @@ class Validation:
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, side by side. Lines behind the checkpoint that is resumed from are dropped."""
+    """metrics.jsonl and TensorBoard, side by side. What lies behind the resumed checkpoint is dropped."""
 
     def __init__(self, out: Path, *, keep_up_to: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -410,7 +410,7 @@ def prepare_folder(out: Path, *, resume: bool, checkpoint: Path) -> None:
 
 
 def batch_shape(config: TrainConfig, classes: int) -> tuple[int, int]:
-    """Classes and images of each in a batch: as asked, or all classes and more images where there are too few."""
+    """Classes and images of each in a batch: as asked, or all classes with more images where too few."""
     if classes >= config.classes_per_batch:
         return config.classes_per_batch, config.images_per_class
     size = config.classes_per_batch * config.images_per_class
