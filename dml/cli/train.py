@@ -112,9 +112,10 @@ def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False):
                 elif isinstance(event, Evaluated):
                     figures = f"validation MAP@R {event.figures['map_at_r']:.3f}"
                     mark = "  best so far" if event.best else ""
+                    map_at_r, recall = event.figures["map_at_r"], event.figures["recall_at_1"]
                     console.print(
                         f"  epoch {event.epoch + 1:>3}  step {event.step:>5}  "
-                        f"MAP@R {event.figures['map_at_r']:.4f}  Recall@1 {event.figures['recall_at_1']:.4f}{mark}"
+                        f"MAP@R {map_at_r:.4f}  Recall@1 {recall:.4f}{mark}"
                     )
                 elif isinstance(event, Finished):
                     finished = event
