@@ -100,7 +100,7 @@ def test_a_finished_set_is_left_as_it_is_and_a_half_drawn_one_is_finished(tmp_pa
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.jpg")}
     draw_demo(root, **settings)
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.jpg")} == before
-    marker = root / "demo.json"
+    marker = root / ".demo.json"
     marker.write_text(marker.read_text().replace('"complete": true', '"complete": false'))  # as after a kill
     next(root.rglob("*.jpg")).unlink()
     draw_demo(root, **settings)
@@ -119,7 +119,7 @@ def test_nothing_of_the_users_is_overwritten(tmp_path):
     (tmp_path / "mine" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match=r"not empty \(train\)"):
         draw_demo(tmp_path / "mine")
-    (root / "demo.json").write_text("{")
+    (root / ".demo.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
         draw_demo(root)
 
@@ -143,7 +143,7 @@ def test_demo_as_a_source_draws_itself(tmp_path, monkeypatch):
 
 
 def test_the_settings_lie_beside_the_pictures(small_demo):
-    facts = json.loads((small_demo / "demo.json").read_text())
+    facts = json.loads((small_demo / ".demo.json").read_text())
     assert facts["classes"] == 18
     assert facts["complete"] is True
     assert set(facts["nuisances"]) == {f.name for f in fields(Nuisances)}

@@ -27,7 +27,7 @@ from dml.errors import DataError, StorageError
 SPLIT_SHARES: Mapping[str, float] = {"train": 0.6, "validation": 0.16, "test": 0.24}
 FAMILY = 3
 """Products in a family."""
-MARKER = "demo.json"
+MARKER = ".demo.json"
 """Says what is being drawn, and at the end that it is complete: half a set is never taken for a whole one."""
 
 
@@ -151,7 +151,7 @@ def _plan(parts: Mapping[str, list[Product]], images: int) -> Iterator[tuple[str
 
 def _mark(root: Path, facts: Mapping[str, object], *, complete: bool) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    aside = root / f".{MARKER}.part"
+    aside = root / f"{MARKER}.part"
     aside.write_text(json.dumps({**facts, "complete": complete}, indent=1))
     aside.replace(root / MARKER)
 
