@@ -253,6 +253,24 @@ def embed(
     return tuple(kept), vectors
 
 
+def measured_run(run: Path) -> tuple[Path, tuple[str, ...]]:
+    """The run that can be measured on held-out pictures, and what to say about it: usually the run itself.
+
+    The encoder of a run made with --final has seen every class of its data; what is known about its quality
+    are the figures of its selection, trained in the same way without the validation and test classes.
+    """
+    manifest = run / "encoder" / "manifest.json"
+    if not manifest.is_file() or not (run / "selection" / "splits.json").is_file():
+        return run, ()
+    provenance = json.loads(manifest.read_text(encoding="utf-8")).get("provenance", {})
+    if provenance.get("trained_on") != "all classes":
+        return run, ()
+    return run / "selection", (
+        "these are the figures of the selected model; the final encoder was trained on all classes "
+        "afterwards, so nothing is left to measure it on",
+    )
+
+
 def choose(run: Path, data: str = "", *, split: str = "test") -> Selection:
     """Which pictures to measure.
 

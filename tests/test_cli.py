@@ -99,7 +99,7 @@ def test_every_verb_explains_itself_without_loading_torch(verb: tuple[str, ...])
         (("train",), 3, "No data"),
         (("demo", "no-such-folder"), 3, "no-such-folder"),
         (("eval", "no-such-run"), 1, "no-such-run"),
-        (("search", "no-such-collection", "x.jpg"), 1, "no-such-collection"),
+        (("search", "no-such-collection", "x.jpg"), 3, "x.jpg"),
         (("serve", "no-such-collection"), 1, "no-such-collection"),
         (("index", "info", "no-such-collection"), 1, "no-such-collection"),
         (("encoder", "create", "--trunk", "resnet5000", "--weights", "none", "--out", "x"), 2, "resnet5000"),

@@ -637,3 +637,22 @@ class TestOnGpu:
             thread.join()
         assert len(answers) == 4
         assert all((answer.ids == expected.ids).all() for answer in answers)
+
+
+def test_search_parameters_survive_the_torch_patch_of_faiss() -> None:
+    """pytorch-metric-learning imports it, and it replaces the search of every faiss index in the process."""
+    pytest.importorskip("faiss")
+    pytest.importorskip("torch")
+    code = (
+        "import faiss.contrib.torch_utils, numpy as np\n"
+        "from dml.index import make_index\n"
+        "rows = np.eye(8, dtype=np.float32)\n"
+        "for kind in ('faiss_flat', 'hnsw'):\n"
+        "    index = make_index(kind, 8)\n"
+        "    index.add(np.arange(8), rows)\n"
+        "    found = index.search(rows, 1, allowed=np.arange(4), effort=16)\n"
+        "    assert (found.ids[:4, 0] == np.arange(4)).all(), kind\n"
+        "print('fine')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "fine", out.stderr

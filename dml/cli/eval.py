@@ -38,6 +38,8 @@ def eval(
     dml eval runs/cub photos/ --k 1,10,100
     dml eval runs/cub --collection shop --url http://127.0.0.1:8000 --gate recall@1=0.9
     """
+    from dataclasses import replace
+
     from eval.gate import check_gates, read_gates, read_ks
 
     ks, gates = read_ks(k), read_gates(gate or [])  # before anything that takes time
@@ -46,10 +48,13 @@ def eval(
 
         raise UsageError("--url asks a service about a collection: give it with --collection too")
     from dml.encoder import Encoder, find_encoder
-    from eval.evaluate import choose, evaluate
+    from eval.evaluate import choose, evaluate, measured_run
     from eval.show import print_json, print_tables, progress_on_stderr
 
+    find_encoder(run)  # a folder that is none is said to be so, before anything about its data
+    run, notes = (run, ()) if data else measured_run(run)
     selection = choose(run, data, split=split)
+    selection = replace(selection, notes=(*notes, *selection.notes))
     encoder = Encoder.load(find_encoder(run), runtime=runtime, device=device)
     with progress_on_stderr() as progress:
         evaluation = evaluate(

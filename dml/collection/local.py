@@ -428,7 +428,7 @@ class LocalCollection:
                 item = items[row]
                 if item.id not in hidden:
                     shown = replace(item, vector=stored[row]) if with_vector else item
-                    hits.append(Hit(item.id, score, len(hits) + 1, shown))
+                    hits.append(Hit(item.id, min(1.0, max(-1.0, score)), len(hits) + 1, shown))
             results.append(
                 SearchResult(hits[offset : offset + limit], state.sequence, state.approximate and not exact)
             )

@@ -53,6 +53,15 @@ def import_faiss() -> Any:
     return faiss
 
 
+def numpy_search(engine: Any) -> Any:
+    """The engine's search on numpy arrays, with search parameters.
+
+    `faiss.contrib.torch_utils`, which pytorch-metric-learning loads, replaces every index's `search` by one
+    that takes tensors too, and no parameters; it leaves the original beside it under this name.
+    """
+    return getattr(engine, "search_numpy", engine.search)
+
+
 def gpu_count() -> int:
     """GPUs that the installed faiss can use; 0 for faiss-cpu."""
     faiss = import_faiss()
@@ -258,7 +267,7 @@ class FaissIndex:
         )
         if engine is not self._engine:
             parameters = self.faiss.SearchParameters(sel=selector) if selector is not None else None
-        found = engine.search(queries, fetch, params=parameters)
+        found = numpy_search(engine)(queries, fetch, params=parameters)
         del keep  # the bitmap that the selector points into had to live until here
         return found
 
@@ -387,7 +396,7 @@ class GpuCopy:
 
     def search(self, queries: Vectors, k: int, parameters: Any) -> tuple[Vectors, NDArray[np.int64]]:
         with self.lock:
-            return self.engine.search(queries, k, params=parameters)
+            return numpy_search(self.engine)(queries, k, params=parameters)
 
 
 class FaissFlatIndex(FaissIndex):
