@@ -105,10 +105,14 @@ def say(console, command: str) -> None:
 
 def draw(folder: Path, console) -> Path:
     """The embedded data set, drawn once."""
+    from rich.progress import Progress
+
     from dml.data.demo import draw_demo
 
     say(console, f"dml data demo {folder}")
-    return draw_demo(folder)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("drawing", total=None)
+        return draw_demo(folder, progress=lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def train_step(source: str, recipe: str, run: Path, overrides: list[str]) -> None:
