@@ -48,7 +48,7 @@ def demo(
     from dml.cli.index import build
 
     say(console, f"dml index build {source} --encoder {run} --out {collection} --overwrite")
-    build(source, encoder=run, out=collection, overwrite=True)
+    build(source, encoder=run, out=collection, overwrite=True, name=folder.name)
 
     page = f"dml serve {collection} --port {port if serve else 0}"
     say(console, page)
