@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"dml.errors"},
-    {"dml.registry", "dml.config", "dml.imaging", "dml.startup"},
+    {"dml.registry", "dml.config", "dml.imaging", "dml.startup", "dml.storage"},
     {"dml.data", "dml.losses", "dml.models", "dml.index", "dml.metrics", "dml.client"},
     {"dml.encoder"},
     {"dml.collection"},
@@ -83,6 +83,7 @@ LIGHT = [
     "import dml.cli.main",
     "import dml.config",
     "import dml.imaging",
+    "import dml.storage",
 ]
 TORCH_FREE = [
     "import dml.metrics",

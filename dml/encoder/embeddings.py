@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from dml.data.table import ImageTable, Record
 from dml.encoder.encoder import BATCH_SIZE, Encoder
-from dml.encoder.storage import flush_to_disk, replace_file, storage_errors
 from dml.errors import DataError, ModelMismatch, TooManyBadImages, UsageError
 from dml.imaging import BadImage
+from dml.storage import flush_to_disk, storage_errors, write_aside
 
 FORMAT = "dml-embeddings"
 FORMAT_VERSION = 1
@@ -251,7 +251,7 @@ class Journal:
     def add(self, rows: int, vectors: NDArray[np.float32], bad: Sequence[tuple[int, BadImage]]) -> None:
         """Record the next `rows` pictures. `bad` counts from the first of them."""
         start = self.done
-        replace_file(self.part(start), lambda aside: save_array(aside, vectors))
+        write_aside(self.part(start), lambda aside: save_array(aside, vectors))
         listed = [(start + row, one.path, one.reason) for row, one in bad]
         line = {"start": start, "stop": start + rows, "bad": listed}
         with storage_errors(self.path), self.path.open("ab") as stream:
@@ -317,14 +317,14 @@ def finish(out: Path, table: ImageTable, journal: Journal, manifest: Mapping[str
     bad = [one for _, one in journal.bad]
     count = len(table.records) - len(bad)
     names = item_names(table)
-    replace_file(out / "bad_images.csv", lambda aside: write_rows(aside, ("path", "reason"), bad_rows(bad)))
+    write_aside(out / "bad_images.csv", lambda aside: write_rows(aside, ("path", "reason"), bad_rows(bad)))
     if manifest["stored_as"] == "npy":
-        replace_file(out / "vectors.npy", lambda aside: join_arrays(aside, journal, (count, manifest["dim"])))
+        write_aside(out / "vectors.npy", lambda aside: join_arrays(aside, journal, (count, manifest["dim"])))
         kept = (row for rows, _ in journal.parts() for row in rows)
         cells = (as_cells(item_of(table, names, row)) for row in kept)
-        replace_file(out / "items.csv", lambda aside: write_rows(aside, COLUMNS, cells))
+        write_aside(out / "items.csv", lambda aside: write_rows(aside, COLUMNS, cells))
     else:
-        replace_file(
+        write_aside(
             out / "items.parquet", lambda aside: write_parquet(aside, table, names, journal, manifest)
         )
     write_json(out / "manifest.json", {**manifest, "complete": True, "vectors": count, "bad": len(bad)})
@@ -422,7 +422,7 @@ def write_parquet(
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
-    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def is_embeddings(folder: Path) -> bool:
