@@ -421,8 +421,13 @@ class Engine:
         return Written(id, created, collection.get([id])[0].sequence)
 
     def update_payload(self, name: str, id: str, changes: Payload) -> Item:
-        """Merge into the payload of an item; a value of None removes its key."""
-        return self._writable(name).update_payload(id, changes)
+        """Merge into the payload of an item; a value of None removes its key.
+
+        Raises:
+            PayloadTooLarge: merged, it would outgrow `settings.max_payload_bytes`.
+            ReadOnly, UnknownCollection, UnknownItem, StorageError
+        """
+        return self._writable(name).update_payload(id, changes, max_bytes=self.settings.max_payload_bytes)
 
     def delete(self, name: str, id: str) -> None:
         """Forget an item. Raises UnknownItem when it is not there."""

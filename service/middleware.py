@@ -5,7 +5,7 @@ import time
 import traceback
 import uuid
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -124,10 +124,11 @@ class BodyGuard:
 
 
 def single_segments(scope: Scope) -> str:
-    """The path, decoded, but with "%", "/" and line breaks inside a segment still written as %25, %2F, %0A.
+    """The path, decoded, but with "%", "/" and what does not print still written as %25, %2F, %1B.
 
     An id with a slash then stays one segment of the path, so that "shoes%2Fimage" is an item and never the
-    picture of the item "shoes". `service.routes.parts.decoded` undoes it.
+    picture of the item "shoes". `service.routes.parts.decoded` undoes it. The path goes to the log as
+    well, where an escape sequence would steer the operator's terminal, and a line break begin another line.
 
     Raises:
         Problem: "malformed", for bytes that are not UTF-8.
@@ -136,7 +137,7 @@ def single_segments(scope: Scope) -> str:
     if raw is None:  # a server that keeps no raw path; a slash of an id cannot be told apart then
         return escape(scope["path"])
     if b"%" not in raw:
-        return scope["path"]
+        return escape(scope["path"])
     try:
         segments = [unquote_to_bytes(part).decode("utf-8") for part in raw.partition(b"?")[0].split(b"/")]
     except UnicodeDecodeError:
@@ -145,5 +146,7 @@ def single_segments(scope: Scope) -> str:
 
 
 def escape(text: str) -> str:
-    """Without what a route's pattern would not take for part of a segment."""
-    return text.replace("%", "%25").replace("\n", "%0A").replace("\r", "%0D")
+    """Percent signs and all that does not print (controls, line breaks, marks of direction) as %XX."""
+    if text.isprintable() and "%" not in text:
+        return text
+    return "".join(c if c.isprintable() and c != "%" else quote(c, safe="", errors="replace") for c in text)

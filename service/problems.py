@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dml import errors
+from dml.collection.base import PayloadTooLarge
 from service.batching import DeadlineExceeded, QueueFull
 
 MEDIA_TYPE = "application/problem+json"
@@ -199,6 +200,7 @@ CATALOGUE: dict[str, Kind] = {
 
 KIND_OF: dict[type[errors.DmlError], str] = {
     errors.UsageError: "invalid-request",
+    PayloadTooLarge: "body-too-large",
     errors.MissingExtra: "not-available",
     errors.InvalidImage: "invalid-image",
     errors.UnsupportedImage: "unsupported-media",
@@ -313,6 +315,8 @@ def problem_of(error: Exception) -> Problem:
 def extras_of(error: Exception) -> dict[str, Any]:
     if isinstance(error, errors.DimensionMismatch):
         return {"expected": error.expected, "given": error.given}
+    if isinstance(error, PayloadTooLarge):
+        return {"limit": error.limit, "errors": [field_error("/payload", str(error))]}
     return {}
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from serving import ColourEncoder, colour_collection, encoded, jpeg, paint, running
 
 from dml import errors
+from dml.collection.base import PayloadTooLarge
 from service import schemas
 from service.app import create_app
 from service.engine import Engine
@@ -330,6 +331,32 @@ def test_a_payload_has_a_limit(http):
     assert assert_problem(response, 413, "body-too-large")["limit"] == 1000
 
 
+def test_changes_cannot_add_up_to_more_than_a_payload_may_have(http):
+    """Each change is small; the sum is not."""
+    place = f"{PLACE}/items/red%2F0"
+    before = http.get(place).json()["payload"]
+    for key in ("a", "b", "c"):
+        response = http.patch(place, json={"payload": {key: "x" * 400}})
+        if response.status_code != 200:
+            break
+    problem = assert_problem(response, 413, "body-too-large")
+    assert problem["limit"] == 1000
+    assert problem["errors"][0]["pointer"] == "/payload"
+    stored = http.get(place).json()["payload"]
+    assert set(stored) == {*before, "a", "b"}, "what was refused must not be stored"
+    assert http.patch(place, json={"payload": {"a": None, "b": None}}).json()["payload"] == before
+
+
+def test_a_payload_that_is_too_large_already_may_shrink(tmp_path):
+    collection = colour_collection(tmp_path / "colours", pictures=1)
+    collection.update_payload("red/0", {"old": "x" * 3000, "more": "x" * 300})
+    engine = Engine({"colours": collection}, settings=Settings(max_payload_bytes=1000))
+    assert "more" not in engine.update_payload("colours", "red/0", {"more": None}).payload
+    with pytest.raises(PayloadTooLarge, match="at most 1,000"):
+        engine.update_payload("colours", "red/0", {"more": "x"})
+    engine.close()
+
+
 def test_an_item_is_either_a_picture_or_a_vector(http):
     for body in ({}, {"payload": {}}, {"vector": [1.0] * 48, "image": "AAAA"}):
         assert_problem(http.put(f"{PLACE}/items/x", json=body), 422, "invalid-request")
@@ -521,6 +548,9 @@ def test_a_full_queue_is_told_at_once_and_the_waiting_are_answered(tmp_path, gat
         assert_problem(refused, 503, "queue-full")
         assert int(refused.headers["retry-after"]) >= 1
         assert httpx.get(f"{address}/livez", timeout=2).status_code == 200, "the event loop must stay free"
+        scraped = httpx.get(f"{address}/metrics", timeout=2)
+        assert scraped.status_code == 200, "an overload must be seen"
+        assert "dml_requests_pending 2.0" in scraped.text
         gate.open.set()
         for thread, results in waiting:
             thread.join(20)

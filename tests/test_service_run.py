@@ -1,5 +1,6 @@
 """`dml serve` as a process of its own: starting, refusing, stopping, and what it does not load."""
 
+import io
 import json
 import os
 import re
@@ -14,11 +15,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import colour_collection
+import structlog
+from serving import colour_collection, running
 from test_service_engine import make_collection
 
 from dml.errors import ServiceError, UsageError
 from service import run
+from service.app import create_app
+from service.engine import Engine
+from service.settings import Settings
 
 DML = [sys.executable, "-c", "from dml.cli.main import main; main()"]
 
@@ -126,6 +131,34 @@ print(heavy)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("log_format", ["plain", "json"])
+def test_a_path_cannot_steer_the_terminal_that_shows_the_log(tmp_path, log_format):
+    """C0 and C1 controls, a line of one's own, and text turned around."""
+    engine = Engine({"colours": colour_collection(tmp_path / "colours", pictures=1)})
+    out = io.StringIO()
+    run.configure_logs(Settings(log_format=log_format), out)
+    try:
+        with running(create_app(engine)) as address:
+            for code in (
+                "%1B%5B2J",
+                "%9B2J",
+                "%C2%9B2J",
+                "%07",
+                "%7F",
+                "%0D%0Afake",
+                "%E2%80%AE",
+                "%E2%80%A8",
+            ):
+                httpx.get(f"{address}/v1/collections/colours/items/x{code}y")
+    finally:
+        structlog.reset_defaults()
+        engine.close()
+    lines = [line for line in out.getvalue().split("\n") if line]
+    assert len(lines) == 8
+    assert all(line.isprintable() for line in lines), lines
+    assert "x%1B[2Jy" in out.getvalue()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])

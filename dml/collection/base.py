@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dml.errors import UsageError
+
 Payload = Mapping[str, Any]
 """JSON: what the user wants to know about an item. The key "label" is its class, when it has one."""
 
@@ -98,6 +100,14 @@ class CollectionInfo:
     manifest: Mapping[str, Any]
 
 
+class PayloadTooLarge(UsageError):
+    """A payload with more bytes, as JSON in UTF-8, than the caller allows."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"payload: has {size:,} bytes as JSON; at most {limit:,} are allowed.")
+        self.size, self.limit = size, limit
+
+
 class Collection(Protocol):
     """A live set of images that can be searched by vector. Safe to use from several threads."""
 
@@ -130,8 +140,17 @@ class Collection(Protocol):
         """These items, in this order. Raises UnknownItem naming the ones that are not there."""
         ...
 
-    def update_payload(self, id: str, changes: Payload) -> Item:
-        """Merge into the payload (a None value removes the key). Raises UnknownItem."""
+    def update_payload(self, id: str, changes: Payload, *, max_bytes: int | None = None) -> Item:
+        """Merge into the payload (a None value removes the key).
+
+        Args:
+            max_bytes: of the merged payload as JSON; checked where it is written, so that concurrent changes
+                cannot add up to more. A change that makes a payload smaller is always taken.
+
+        Raises:
+            UnknownItem
+            PayloadTooLarge: the merged payload has more than `max_bytes`; nothing was changed.
+        """
         ...
 
     def delete(self, ids: Sequence[str]) -> int:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dml.collection.base import Item, Picture
+from dml.collection.base import Item, PayloadTooLarge, Picture
 from dml.errors import CollectionError, DamagedFile, StorageError
 from dml.index.base import Ids, Vectors
 from dml.index.file import sync_folder
@@ -242,8 +242,14 @@ class Catalog:
             sequence, none, np.empty((0, self.dim), np.float32), np.array(removed, np.int64), [], orphans
         )
 
-    def merge_payload(self, id: str, changes: Mapping[str, Any]) -> tuple[int, Item | None]:
-        """Merge into an item's payload (None removes a key): the new sequence, and the item or None."""
+    def merge_payload(
+        self, id: str, changes: Mapping[str, Any], *, max_bytes: int | None = None
+    ) -> tuple[int, Item | None]:
+        """Merge into an item's payload (None removes a key): the new sequence, and the item or None.
+
+        Raises:
+            PayloadTooLarge: merged, it has more than `max_bytes` as JSON, and more than before.
+        """
         with self._writing() as db:
             sequence = read_state(db)[0]
             row = db.execute(f"SELECT {ITEM_COLUMNS} FROM items WHERE id = ?", (id,)).fetchone()
@@ -251,6 +257,9 @@ class Catalog:
                 return sequence, None
             payload = {**json.loads(row[3]), **changes}
             payload = json.dumps({k: v for k, v in payload.items() if v is not None}, ensure_ascii=False)
+            size = len(payload.encode())
+            if max_bytes is not None and size > max_bytes and size > len(row[3].encode()):
+                raise PayloadTooLarge(size, max_bytes)
             sequence += 1
             row = (row[0], row[1], sequence, payload, *row[4:])
             db.execute(

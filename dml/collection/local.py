@@ -276,11 +276,16 @@ class LocalCollection:
             self._pictures.discard(written.orphans)
             return len(written.removed)
 
-    def update_payload(self, id: str, changes: Payload) -> Item:
-        """Merge into the payload; None removes a key. Raises UnknownItem, StorageError, ReadOnly."""
+    def update_payload(self, id: str, changes: Payload, *, max_bytes: int | None = None) -> Item:
+        """Merge into the payload; None removes a key.
+
+        Raises:
+            UnknownItem, StorageError, ReadOnly
+            PayloadTooLarge: the merged payload would have more than `max_bytes` as JSON.
+        """
         encode_payload(changes, id)
         with self._write() as state:
-            sequence, item = self._catalog.merge_payload(id, changes)
+            sequence, item = self._catalog.merge_payload(id, changes, max_bytes=max_bytes)
             if item is None:
                 raise UnknownItem(f'There is no item "{id}" in the collection "{self.name}".')
             self._state = replace(state, sequence=sequence)

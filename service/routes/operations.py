@@ -1,5 +1,6 @@
 """For machines and operators: probes, metrics, what this service is, and what its problems mean."""
 
+import asyncio
 from html import escape
 
 from fastapi import APIRouter, Request
@@ -8,7 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 from dml import __version__
 from service.metrics import CONTENT_TYPE
 from service.problems import CATALOGUE, Problem
-from service.routes.parts import Limits, Ready, answer, in_thread
+from service.routes.parts import Limits, Ready, answer
 from service.schemas import ReadyAnswer, RootAnswer
 
 router = APIRouter()
@@ -34,7 +35,8 @@ async def readyz(engine: Ready) -> Response:
 @router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Counters and latencies in the Prometheus text format."""
-    body = await in_thread(request, request.app.state.metrics.render)
+    # Not in the bounded pool: when that is full is when an operator needs to see it.
+    body = await asyncio.to_thread(request.app.state.metrics.render)
     return Response(body, media_type=CONTENT_TYPE, headers={"Cache-Control": "no-store"})
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
-from dml.collection.base import Item
+from dml.collection.base import Item, PayloadTooLarge
 from dml.errors import NotAvailable
 from service.engine import Engine
 from service.problems import Problem, field_error, from_validation, invalid
@@ -162,7 +162,7 @@ def from_base64(text: str, pointer: str) -> bytes:
 
 
 def check_payload(payload: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """The payload, when it is JSON that can be stored and given back. Raises Problem."""
+    """The payload, when it is JSON that can be stored and given back. Raises Problem, PayloadTooLarge."""
     try:
         size = len(json.dumps(payload, allow_nan=False, ensure_ascii=False).encode())
     except ValueError:
@@ -170,10 +170,7 @@ def check_payload(payload: Mapping[str, Any], limit: int) -> dict[str, Any]:
             "/payload", "holds NaN, infinity or half a surrogate pair, which JSON cannot carry"
         ) from None
     if size > limit:
-        detail = f"has {size:,} bytes as JSON; at most {limit:,} are allowed"
-        raise Problem(
-            "body-too-large", f"payload: {detail}.", limit=limit, errors=[field_error("/payload", detail)]
-        )
+        raise PayloadTooLarge(size, limit)
     return dict(payload)
 
 
