@@ -42,7 +42,7 @@ endif
 	@touch $@
 
 demo: env
-	$(BIN)/dml demo $(DATA) $(if $(OUT),--out $(OUT)) --port $(PORT) $(if $(filter 0 no false,$(SERVE)),--no-serve)
+	$(BIN)/dml demo $(if $(DATA),"$(DATA)") $(if $(OUT),--out "$(OUT)") --port $(PORT) $(if $(filter 0 no false,$(SERVE)),--no-serve)
 
 test: env
 	DML_TEST_SCALE=1 $(BIN)/python -m pytest -n 2 --dist loadfile

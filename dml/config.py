@@ -19,6 +19,13 @@ from dml.errors import ConfigError
 STRICT = ConfigDict(extra="forbid")
 
 
+def at_least(config: Any, limit: float, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is below the limit, or no number (NaN)."""
+    for name in names:
+        if not getattr(config, name) >= limit:
+            raise ValueError(f"{name} must be at least {limit}, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True)
 class Part:
     """One swappable component: a known name or "package.module:Class", and its keyword arguments."""
@@ -84,6 +91,8 @@ class DataConfig:
             raise ValueError(f"image_size must be at least 16 pixels, got {self.image_size}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}")
+        at_least(self, 0, "memory_gb", "split_seed")
+        at_least(self, 1, "workers")
 
 
 @dataclass(frozen=True)
@@ -159,9 +168,12 @@ class TrainConfig:
                 f"a batch of {self.classes_per_batch} classes x {self.images_per_class} images has "
                 f"no pairs to compare; both numbers must be at least 2"
             )
-        for name in ("epochs", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "epochs", "evaluate_every", "checkpoint_every")
+        at_least(self, 0, "steps_per_epoch", "seed", "patience", "weight_decay", "clip_norm")
+        at_least(self, 0, "loss_learning_rate")
+        for name in ("momentum", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.warmup_share < 1:

@@ -11,6 +11,7 @@
     ├── InvalidImage             exit 3   bytes that are not a picture we can use
     │   ├── UnsupportedImage              a format that is not read here
     │   └── ImageTooLarge                 more bytes or pixels than allowed (a decompression bomb)
+    ├── TrainingDiverged                  the loss is no number any more
     ├── EncoderError                      an encoder folder that is missing, damaged or too new
     ├── VectorError                       a vector that cannot be searched or stored
     │   └── DimensionMismatch             its length differs from the collection's
@@ -69,6 +70,10 @@ class UnsupportedImage(InvalidImage):
 
 
 class ImageTooLarge(InvalidImage):
+    pass
+
+
+class TrainingDiverged(DmlError):
     pass
 
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 FORBIDDEN = re.compile(r"(?<!L)(?<!Lesser )(?<!Library )\bA?GPL|Affero|GNU General Public", re.IGNORECASE)
-OR_ANOTHER = re.compile(r"\bOR\b|;|dual", re.IGNORECASE)
-"""A choice of licences counts as the better one, when it names one that is fine."""
+OR_ANOTHER = re.compile(r"\bOR\b")
+"""A choice of licences, as SPDX writes it. A list (";") is no choice: all of it holds."""
 FINE = re.compile(r"MIT|BSD|Apache|PSF|Python|ISC|MPL|Mozilla|Zlib|LGPL|Lesser|Unlicense|HPND", re.IGNORECASE)
 
 

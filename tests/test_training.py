@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from dml.config import Recipe, load_recipe, recipe_names
 from dml.encoder import Encoder
-from dml.errors import ConfigError, DataError, StorageError
+from dml.errors import ConfigError, DataError, StorageError, TrainingDiverged
 from dml.training.checkpoint import Standing, load_checkpoint, save_checkpoint, write_aside
 from dml.training.loop import Step, learning_rate_schedule
 from dml.training.run import Evaluated, Finished, Started, train, train_final
@@ -125,7 +125,7 @@ def test_a_run_is_never_written_over(whole_run: Path, tiny_folder: Path) -> None
 
 
 def test_resuming_with_another_recipe_is_refused(whole_run: Path, tiny_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="another recipe"):
+    with pytest.raises(ConfigError, match="the recipe changed"):
         list(train(small_recipe(tiny_folder, model__dim="8"), whole_run, resume=True))
 
 
@@ -171,6 +171,86 @@ def test_a_final_run_has_seen_every_class_and_carries_the_selected_models_figure
     assert final["figures"]["model"] == "selection"
     assert final["figures"]["map_at_r"] == chosen["figures"]["map_at_r"]
     assert "selected model" in final["figures"]["note"]
+
+
+def test_a_final_run_takes_exactly_the_chosen_steps(tiny_folder: Path, tmp_path: Path) -> None:
+    events = list(train_final(small_recipe(tiny_folder, train__evaluate_every="1"), tmp_path / "run"))
+    chosen, final = [e for e in events if isinstance(e, Finished)]
+    assert final.standing.step == chosen.standing.best_step
+
+
+def test_a_final_run_does_not_go_on_from_a_run_that_selects(whole_run: Path, tiny_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="its kind"):
+        list(train_final(small_recipe(tiny_folder), whole_run, resume=True))
+
+
+def test_a_run_whose_pictures_have_changed_does_not_go_on(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_folder, tmp_path)
+    out = tmp_path / "run"
+    list(train(small_recipe(folder, train__epochs="1"), out))
+    before = (out / "splits.json").read_text()
+    (folder / "class_0" / "0.jpg").rename(folder / "class_1" / "new.jpg")
+    with pytest.raises(ConfigError, match="the pictures or their split changed"):
+        list(train(small_recipe(folder, train__epochs="1"), out, resume=True))
+    assert (out / "splits.json").read_text() == before
+
+
+def test_a_run_that_stopped_early_does_not_train_on_when_it_is_resumed(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    still = {"train__epochs": "40", "train__evaluate_every": "1", "train__patience": "2"}
+    recipe = small_recipe(tiny_folder, train__learning_rate="1e-12", **still)
+    list(train(recipe, tmp_path / "run"))
+    again = list(train(recipe, tmp_path / "run", resume=True))
+    assert not [e for e in again if isinstance(e, Step)]
+
+
+def test_training_runs_in_mixed_precision(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tiny_folder, "cbml_iaa_ccloss", train__precision="bfloat16", train__epochs="2")
+    losses_seen = [e.terms["loss"] for e in train(recipe, tmp_path / "run") if isinstance(e, Step)]
+    assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses_seen)
+
+
+@pytest.mark.gpu
+def test_training_runs_in_mixed_precision_on_a_gpu(tiny_folder: Path, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    recipe = small_recipe(
+        tiny_folder, train__precision="bfloat16", train__accelerator="cuda", train__epochs="2"
+    )
+    assert isinstance(list(train(recipe, tmp_path / "run"))[-1], Finished)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_change(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(tiny_folder, train__learning_rate="1e30", train__warmup_share="0")
+    with pytest.raises(TrainingDiverged, match=r"at step \d+.*train\.learning_rate"):
+        list(train(recipe, tmp_path / "run"))
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    first = iter(train(small_recipe(tiny_folder), tmp_path / "run"))
+    next(first)
+    with pytest.raises(ConfigError, match="Another process is training"):
+        list(train(small_recipe(tiny_folder), tmp_path / "run"))
+    first.close()
+    assert isinstance(list(train(small_recipe(tiny_folder), tmp_path / "run"))[-1], Finished)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.toml").write_text("my own")
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        list(train(small_recipe(tiny_folder), mine))
+    assert (mine / "recipe.toml").read_text() == "my own"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        list(train(small_recipe(tiny_folder, train__accelerator="cuda"), tmp_path / "run"))
 
 
 def start_training(folder: Path, out: Path) -> subprocess.Popen:
@@ -235,7 +315,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"half of a checkpo")
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(DataError, match=r"last\.pt cannot be read.*Delete it"):
-        load_checkpoint(path, layer, torch.optim.SGD(layer.parameters()), "x")
+        load_checkpoint(path, layer, torch.optim.SGD(layer.parameters()), {})
 
 
 def test_a_checkpoint_brings_weights_optimiser_and_progress_back(tmp_path: Path) -> None:
@@ -243,10 +323,12 @@ def test_a_checkpoint_brings_weights_optimiser_and_progress_back(tmp_path: Path)
     optimizer = torch.optim.Adam(layer.parameters())
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    save_checkpoint(tmp_path / "c.pt", layer, optimizer, Standing(step=5, best_value=0.25), "digest")
+    save_checkpoint(
+        tmp_path / "c.pt", layer, optimizer, Standing(step=5, best_value=0.25), {"the recipe": "a"}
+    )
     other = torch.nn.Linear(2, 2)
     second = torch.optim.Adam(other.parameters())
-    standing = load_checkpoint(tmp_path / "c.pt", other, second, "digest")
+    standing = load_checkpoint(tmp_path / "c.pt", other, second, {"the recipe": "a"})
     assert standing == Standing(step=5, best_value=0.25)
     assert torch.equal(other.weight, layer.weight)
     assert second.state_dict()["state"][0]["step"] == 1

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +64,8 @@ def demo(
         console.print(f"\nReport: {report}", highlight=False)
         if serve:
             console.print(f"[bold]Search page: {address}[/bold]   (Ctrl-C ends it)", highlight=False)
-            service.wait()
+            with suppress(KeyboardInterrupt):  # the usual way to end it
+                service.wait()
             return
     console.print(f"Search page: dml serve {collection}", highlight=False)
 
@@ -91,8 +92,6 @@ def running(arguments: list[str], *, log: Path) -> Iterator[tuple[subprocess.Pop
             code, last = service.wait(), "".join(log.read_text().splitlines()[-1:])
             raise ServiceError(f"dml {' '.join(arguments)} ended with code {code} before it answered. {last}")
         yield service, found.group().rstrip("/.,")
-    except KeyboardInterrupt:
-        pass  # the usual way to end a service
     finally:
         service.terminate()
         service.wait()

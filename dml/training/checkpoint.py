@@ -4,15 +4,16 @@ A checkpoint holds tensors and plain values only and is read with `weights_only=
 loading.
 """
 
-import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from dml.errors import ConfigError, DataError, StorageError
+from dml.errors import ConfigError, DataError
+from dml.storage import opened_aside
+from dml.storage import write_aside as write_aside
 
 FORMAT = 1
 
@@ -29,52 +30,39 @@ class Standing:
     seconds: float = 0.0
 
 
-def write_aside(path: Path, write: Any) -> None:
-    """Call `write(other_path)`, make it durable, and put it in place in one move.
-
-    Raises:
-        StorageError: when the disk is full or refuses; what was there before stays.
-    """
-    aside = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with aside.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        aside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
-        aside.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-            raise
-        raise StorageError(
-            f"{path} cannot be written: {error}. The file that was there before is untouched."
-        ) from None
-
-
 def save_checkpoint(
-    path: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, standing: Standing, recipe_digest: str
+    path: Path,
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    standing: Standing,
+    identity: Mapping[str, str],
 ) -> None:
     """Write everything that continuing needs: weights, optimiser, progress, random state."""
     state = {
         "format": FORMAT,
-        "recipe": recipe_digest,
+        "identity": dict(identity),
         "learner": learner.state_dict(),
         "optimizer": optimizer.state_dict(),
         "standing": asdict(standing),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    write_aside(path, lambda aside: torch.save(state, aside))
+    with opened_aside(path) as file:  # torch given a name cannot say why a disk refuses
+        torch.save(state, file)
 
 
 def load_checkpoint(
-    path: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, recipe_digest: str
+    path: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, str]
 ) -> Standing:
     """Put a run back where its checkpoint was written.
 
+    Args:
+        identity: what must be the same for a run to go on, as it was given to `save_checkpoint`: what it is
+            called in a message -> its hash or name.
+
     Raises:
         DataError: the file cannot be read as a checkpoint.
-        ConfigError: it belongs to another recipe.
+        ConfigError: it belongs to a run with another identity; names what differs. Nothing was changed.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -87,9 +75,11 @@ def load_checkpoint(
         raise DataError(
             f"The checkpoint {path} has format {state.get('format')}; this version reads {FORMAT}."
         )
-    if state["recipe"] != recipe_digest:
+    differs = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    if differs:
         raise ConfigError(
-            f"The checkpoint {path} was written by another recipe. Use its recipe.toml, or another --out."
+            f"The run in {path.parent.parent} cannot go on: since it was started, {' and '.join(differs)} "
+            f"changed, and its figures would mean nothing. Choose another --out, or delete the folder."
         )
     learner.load_state_dict(state["learner"])
     optimizer.load_state_dict(state["optimizer"])

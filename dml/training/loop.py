@@ -36,8 +36,9 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.objective(self.model, batch)
+    def forward(self, parts: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        """`parts` are the fields of a `Batch`: what wraps this converts dictionaries of tensors only."""
+        return self.objective(self.model, Batch(**parts))  # type: ignore[arg-type]
 
 
 class Step(NamedTuple):
@@ -56,11 +57,11 @@ def steps(
     optimizer: torch.optim.Optimizer,
     rate: Callable[[float], float],
     *,
-    epochs: int,
+    total: int,
     start: int = 0,
     clip_norm: float = 0.0,
 ) -> Iterator[Step]:
-    """Train for `epochs` passes over `batches`, pausing after every step.
+    """Train to step `total`, in passes over `batches`, pausing after every step.
 
     Args:
         learner: a `Learner`, set up by Fabric together with the optimiser.
@@ -71,7 +72,7 @@ def steps(
     inner = cast(Learner, getattr(learner, "module", learner))  # Fabric wraps it
     model, objective = inner.model, inner.objective
     first_epoch, skipped = divmod(start, len(batches))
-    total = epochs * len(batches)
+    epochs = math.ceil(total / len(batches))
     number = start
     for epoch in range(first_epoch, epochs):
         begin = skipped if epoch == first_epoch else 0
@@ -85,7 +86,7 @@ def steps(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate(number / total)
             learner.train()
-            terms = learner(batch)
+            terms = learner(vars(batch))
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(terms["loss"])
             if clip_norm > 0:
@@ -95,6 +96,8 @@ def steps(
             objective.after_step(model, Progress(epoch, epochs, number, total))
             detached = {name: term.detach() for name, term in terms.items()}
             yield Step(number, epoch, detached, optimizer.param_groups[0]["lr"])
+            if number == total:
+                return
 
 
 def moved(batches: Iterable[Batch], fabric: Fabric) -> Iterator[Batch]:

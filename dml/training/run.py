@@ -13,6 +13,7 @@ A run folder holds::
 """
 
 import csv
+import fcntl
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ import platform
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -40,13 +42,17 @@ from dml.data.split import Splits, divide
 from dml.data.table import ImageTable, Record, open_table
 from dml.encoder.artifact import save_encoder
 from dml.encoder.preprocess import Preprocess
-from dml.errors import ConfigError, DataError
+from dml.errors import ConfigError, DataError, TrainingDiverged
 from dml.imaging import BadImage
 from dml.metrics import RetrievalMetrics, retrieval_metrics
 from dml.models import build_model
 from dml.training.checkpoint import Standing, load_checkpoint, save_checkpoint, write_aside
 from dml.training.loop import Learner, Step, learning_rate_schedule, make_optimizer, steps
 from dml.training.supervised import build_objective
+
+LAST = "checkpoints/last.pt"
+LOCK = ".lock"
+"""File in a run folder that is locked while a process trains there."""
 
 PACKAGES = ("torch", "torchvision", "timm", "pytorch-metric-learning", "lightning-fabric", "numpy", "pillow")
 
@@ -97,14 +103,12 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]
         ConfigError: `out` holds another run, or parts of the recipe do not fit together.
         DataError: the pictures cannot be used for training.
     """
-    fit = Fit(recipe, out, resume=resume)
-    yield fit.started()
-    yield from fit.run()
-    yield fit.finish()
+    with run_folder(out, resume=resume):
+        yield from Fit(recipe, out, resume=resume).events()
 
 
 def train_final(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]:
-    """Select on held-out classes, then train again on all classes for the chosen number of epochs.
+    """Select on held-out classes, then train again on all classes for the chosen number of steps.
 
     The selected run is `out/selection`. The second model has seen every class, so nothing is left to measure
     it on: its encoder carries the selected model's figures, labelled as such.
@@ -115,37 +119,30 @@ def train_final(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[
             chosen = event.standing
         yield event
     assert chosen is not None  # train() always ends with Finished
-    fit = Fit(recipe, out, resume=resume, everything=True, stop_epoch=chosen.best_epoch + 1)
-    fit.figures_of = {
-        "model": "selection",
-        "note": "measured on the selected model, which was trained without the validation and test classes",
-        "map_at_r": chosen.best_value,
-    }
-    yield fit.started()
-    yield from fit.run()
-    yield fit.finish()
+    with run_folder(out, resume=resume):
+        fit = Fit(recipe, out, resume=resume, steps=chosen.best_step)
+        fit.figures_of = {
+            "model": "selection",
+            "note": "of the selected model, which was trained without the validation and test classes",
+            "map_at_r": chosen.best_value,
+        }
+        yield from fit.events()
 
 
 class Fit:
     """One run: its parts, made in order, and the three things it does."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        out: Path,
-        *,
-        resume: bool,
-        everything: bool = False,
-        stop_epoch: int | None = None,
-    ) -> None:
+    def __init__(self, recipe: Recipe, out: Path, *, resume: bool, steps: int | None = None) -> None:
+        """Args: steps: train on all classes, selecting nothing, for so many; None: as the recipe says."""
         config = recipe.train
-        self.recipe, self.out, self.everything = recipe, out, everything
-        self.stop_epoch = config.epochs if stop_epoch is None else min(stop_epoch, config.epochs)
+        self.recipe, self.out, self.everything = recipe, out, steps is not None
         self.figures_of: dict[str, Any] | None = None
         self.digest = recipe_digest(recipe)
-        self.last, self.best = out / "checkpoints" / "last.pt", out / "checkpoints" / "best.safetensors"
-        prepare_folder(out, resume=resume, checkpoint=self.last)
-
+        self.last, self.best = out / LAST, out / "checkpoints" / "best.safetensors"
+        if config.accelerator == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                'train.accelerator is "cuda", and torch finds no GPU here. Use "auto" or "cpu".'
+            )
         seed_everything(config.seed)
         self.fabric = Fabric(
             accelerator=config.accelerator,
@@ -154,7 +151,7 @@ class Fit:
         )
         self.table = open_table(recipe.data.source)
         self.splits = divide(self.table, recipe.data)
-        records = all_records(self.splits) if everything else self.splits.train
+        records = all_records(self.splits) if self.everything else self.splits.train
         self.classes = sorted({r.label for r in records if r.label is not None})
 
         self.model = build_model(recipe.model, image_size=recipe.data.image_size)
@@ -176,6 +173,7 @@ class Fit:
             seed=config.seed,
             device=self.fabric.device,
         )
+        self.total = config.epochs * len(self.batches) if steps is None else steps
         objective = build_objective(
             recipe, num_classes=len(self.classes), dim=self.model.dim, channels=self.model.channels
         )
@@ -184,14 +182,20 @@ class Fit:
         self.learner, self.optimizer = self.fabric.setup(learner, optimizer)
         self.standing = Standing()
         if resume and self.last.exists():
-            self.standing = load_checkpoint(self.last, self.learner, self.optimizer, self.digest)
+            self.standing = load_checkpoint(self.last, self.learner, self.optimizer, self.identity())
         self.bad: list[BadImage] = list(self.source.bad)
         self.validation = (
-            None if everything else Validation(self.splits.validation, self.preprocess, recipe, self.bad)
+            None if self.everything else Validation(self.splits.validation, self.preprocess, recipe, self.bad)
         )
-        read = len(records) + (0 if everything else len(self.splits.validation))
+        read = len(records) + (0 if self.everything else len(self.splits.validation))
         check_share(self.bad, read, recipe.data.max_bad_share)
         self.write_description()
+
+    def events(self) -> Iterator[Event]:
+        """The whole run."""
+        yield self.started()
+        yield from self.run()
+        yield self.finish()
 
     def started(self) -> Started:
         return Started(
@@ -201,9 +205,19 @@ class Fit:
             classes=len(self.classes),
             bad=tuple(self.bad),
             parameters=sum(p.numel() for p in self.model.parameters()),
-            total_steps=self.stop_epoch * len(self.batches),
+            total_steps=self.total,
             resumed_at=self.standing.step,
         )
+
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a checkpoint to be gone on from."""
+        classes = hashlib.sha256("\0".join(self.classes).encode()).hexdigest()[:16]
+        return {
+            "the recipe": self.digest,
+            "the pictures or their split": self.splits.digest,
+            "the classes": classes,
+            "its kind": f"all classes, {self.total} steps" if self.everything else "selecting",
+        }
 
     def run(self) -> Iterator[Step | Evaluated]:
         """Train to the end, or until nothing gets better any more."""
@@ -213,21 +227,41 @@ class Fit:
             for step in self.steps():
                 standing.step, standing.seconds = step.number, time.monotonic() - began
                 log.step(step, standing.seconds)
+                self.refuse_divergence(step)
                 yield step
-                if step.number % len(self.batches):
+                last = step.number == self.total
+                if step.number % len(self.batches) and not last:
                     continue
                 epoch = step.epoch + 1
-                last = epoch == self.stop_epoch
                 if self.validation is not None and (epoch % config.evaluate_every == 0 or last):
                     yield self.evaluate(step, log)
-                done = bool(config.patience) and standing.evaluations_since_best >= config.patience
-                if epoch % config.checkpoint_every == 0 or last or done:
+                if epoch % config.checkpoint_every == 0 or last or self.out_of_patience():
+                    log.flush()
                     self.save()
-                if last or done:
+                if self.out_of_patience():
                     return
 
+    def out_of_patience(self) -> bool:
+        return 0 < self.recipe.train.patience <= self.standing.evaluations_since_best
+
+    def refuse_divergence(self, step: Step) -> None:
+        """Raises TrainingDiverged: everything behind a loss or a weight that is no number would be none either.
+
+        A mining loss hides broken weights: no pair of theirs compares as hard, and it returns 0. They are
+        looked at too before they are measured or kept.
+        """
+        broken = not math.isfinite(float(step.terms["loss"]))
+        if not broken and (step.number % len(self.batches) == 0 or step.number == self.total):
+            broken = not all(bool(p.isfinite().all()) for p in self.learner.parameters())
+        if broken:
+            raise TrainingDiverged(
+                f"Loss or weights are no numbers any more at step {step.number} (epoch {step.epoch + 1}). Lower "
+                f"train.learning_rate (now {self.recipe.train.learning_rate:g}), or shorten long gradients: "
+                f"--set train.clip_norm=1. The last checkpoint in {self.last.parent} is from before."
+            )
+
     def steps(self) -> Iterator[Step]:
-        if self.standing.step >= self.stop_epoch * len(self.batches):
+        if self.standing.step >= self.total or self.out_of_patience():
             return iter(())
         return steps(
             self.fabric,
@@ -235,7 +269,7 @@ class Fit:
             self.batches,
             self.optimizer,
             learning_rate_schedule(self.recipe.train),
-            epochs=self.recipe.train.epochs,
+            total=self.total,
             start=self.standing.step,
             clip_norm=self.recipe.train.clip_norm,
         )
@@ -260,7 +294,7 @@ class Fit:
         write_aside(self.best, lambda aside: save_file(weights, aside))
 
     def save(self) -> None:
-        save_checkpoint(self.last, self.learner, self.optimizer, self.standing, self.digest)
+        save_checkpoint(self.last, self.learner, self.optimizer, self.standing, self.identity())
 
     def finish(self) -> Finished:
         """Write the encoder of the best weights (of the last ones where nothing was selected)."""
@@ -279,10 +313,7 @@ class Fit:
             model_config=self.recipe.model,
             image_size=self.recipe.data.image_size,
         )
-        total = self.recipe.train.epochs * len(self.batches)
-        return Finished(
-            encoder, self.standing, stopped_early=not self.everything and self.standing.step < total
-        )
+        return Finished(encoder, self.standing, stopped_early=self.standing.step < self.total)
 
     def provenance(self) -> dict[str, Any]:
         figures = self.figures_of or {
@@ -356,7 +387,7 @@ class Log:
         kept = []
         if keep_up_to and path.exists():
             kept = [line for line in path.read_text().splitlines() if whole_line_up_to(line, keep_up_to)]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_aside(path, lambda aside: aside.write_text("".join(line + "\n" for line in kept)))
         self.lines = path.open("a")
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=keep_up_to + 1)
 
@@ -382,6 +413,10 @@ class Log:
             self.board.add_scalar(f"validation/{name}", value, step.number)
         self.lines.flush()
 
+    def flush(self) -> None:
+        """Before a checkpoint: what it keeps must be in the log too."""
+        self.lines.flush()
+
     def write(self, entry: dict[str, Any], seconds: float) -> None:
         self.lines.write(json.dumps({**entry, "seconds": round(seconds, 3)}) + "\n")
 
@@ -394,19 +429,32 @@ def whole_line_up_to(line: str, step: int) -> bool:
         return False
 
 
-def prepare_folder(out: Path, *, resume: bool, checkpoint: Path) -> None:
-    """Make the run folder, and refuse to write over a run that is there."""
+@contextmanager
+def run_folder(out: Path, *, resume: bool) -> Iterator[None]:
+    """Make the run folder and keep it for this process; refuse to write over anything."""
     if out.is_file():
         raise ConfigError(f"{out} is a file; --out must be a folder.")
-    if checkpoint.exists() and not resume:
+    if (out / LAST).exists() and not resume:
         raise ConfigError(
             f"{out} already holds a run. Go on with it: --resume auto. Start another: choose another --out, "
             f"or delete the folder."
         )
+    ours = {"checkpoints", "selection", LOCK}
+    if out.is_dir() and (found := {p.name for p in out.iterdir()}) and not found & ours:
+        raise ConfigError(f"{out} is not empty and holds no run. Choose another --out; nothing was changed.")
     try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / LAST).parent.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("w")
     except OSError as error:
         raise ConfigError(f"The run folder {out} cannot be made: {error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"Another process is training in {out}. Wait for it, or choose another --out."
+            ) from None
+        yield
 
 
 def batch_shape(config: TrainConfig, classes: int) -> tuple[int, int]:
