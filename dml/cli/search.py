@@ -201,10 +201,7 @@ def write_page(path: Path, answer: Answer, image: Path) -> None:
     """One file with everything in it. Raises StorageError."""
     from dml.cli.search_page import render
     from dml.collection.pictures import shrink
-    from dml.errors import StorageError
+    from dml.storage import write_aside
 
     text = render(answer, name=image.name, query=shrink(image.read_bytes(), 2 * THUMBNAIL))
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path} could not be written: {error.strerror or error}") from error
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))

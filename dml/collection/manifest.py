@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dml.errors import DamagedFile, UnknownCollection
-from dml.index.file import written_aside
+from dml.storage import opened_aside
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -38,7 +38,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put it into the folder in one step. Raises StorageError."""
-    with written_aside(folder / FILE) as file:
+    with opened_aside(folder / FILE) as file:
         file.write((json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode())
 
 

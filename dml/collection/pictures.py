@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from dml.collection.base import Picture
 from dml.errors import CollectionError, ImageNotKept, StorageError
-from dml.index.file import ASIDE, written_aside
+from dml.storage import ASIDE, flush_to_disk, opened_aside, storage_errors
 
 THUMBNAIL_QUALITY = 85
 LARGEST_THUMBNAIL = 2048  # pixels
@@ -40,7 +40,7 @@ class Pictures:
         # acknowledged.
         if not path.exists() or path.stat().st_size != len(data):
             make_folder(path.parent)
-            with written_aside(path) as file:
+            with opened_aside(path, tidy=False) as file:
                 file.write(data)
         return Picture("stored", sha256)
 
@@ -148,7 +148,7 @@ class Pictures:
         if not self.read_only:
             try:
                 make_folder(cached.parent)
-                with written_aside(cached) as file:
+                with opened_aside(cached, tidy=False) as file:
                     file.write(data)
             except StorageError:
                 pass  # a cache: the picture is answered all the same
@@ -185,11 +185,7 @@ def digest_of(path: Path) -> str:
 
 def make_folder(folder: Path) -> None:
     """Create a folder and flush the entry in its parent. Raises StorageError."""
-    from dml.index.file import sync_folder
-
-    try:
+    with storage_errors(folder):
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(folder.parent)
-    except OSError as error:
-        raise StorageError(f"{folder} could not be created: {error.strerror or error}") from error
+            flush_to_disk(folder.parent)

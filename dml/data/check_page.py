@@ -10,6 +10,7 @@ from dml.data.check import CheckReport
 from dml.data.table import ImageTable
 from dml.errors import InvalidImage
 from dml.imaging import decode
+from dml.storage import write_aside
 
 SHOWN = 200
 """Findings of one kind on the page; the rest is counted."""
@@ -29,7 +30,11 @@ ul { padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
 
 
 def write_page(report: CheckReport, table: ImageTable, path: Path) -> Path:
-    """Write the report as HTML: no outside files, no script."""
+    """Write the report as HTML: no outside files, no script.
+
+    Raises:
+        StorageError: the disk is full or refuses; a page that was there before stays.
+    """
     sections = [
         _listing(
             "Images that cannot be read", (f"{b.path}: {b.reason}" for b in report.bad), len(report.bad)
@@ -50,8 +55,7 @@ def write_page(report: CheckReport, table: ImageTable, path: Path) -> Path:
         f"<h1>{escape(report.name)}: data check</h1><pre>{escape(report.description)}</pre>{verdict}"
         f"{''.join(filter(None, sections))}</html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", errors="surrogateescape")
+    write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8", errors="surrogateescape"))
     return path
 
 

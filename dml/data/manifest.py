@@ -8,8 +8,7 @@ or val, test, query, gallery), `box` (left, top, right, bottom in pixels of the 
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 from dml.data.layouts import split_and_role
 from dml.data.table import SPLIT_NAMES, Box, ImageTable, Record, Role
-from dml.errors import DataError, StorageError
+from dml.errors import DataError
+from dml.storage import written_aside
 
 _ALIASES = {"is_query": "query", "is_gallery": "gallery"}
 _OWN = ("path", "label", "split", "box", "query", "gallery")
@@ -265,28 +265,20 @@ def write_rows(rows: Sequence[Row], path: Path) -> Path:
     """
     if path.suffix.lower() not in (".csv", ".tsv", ".parquet"):
         raise DataError(f"{path}: a manifest ends in .csv, .tsv or .parquet")
-    aside = path.with_name(f".{path.name}.part")
-    write: Callable[[Sequence[Row], Path], None] = (
-        _write_parquet if path.suffix.lower() == ".parquet" else _write_csv
-    )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(rows, aside)
-        aside.replace(path)
+        with written_aside(path) as aside:
+            if path.suffix.lower() == ".parquet":
+                _write_parquet(rows, aside)
+            else:
+                _write_csv(rows, aside, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{path}: the name {error.object!r} is not UTF-8, so no manifest can hold it; rename it"
         ) from error
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
     return path
 
 
-def _write_csv(rows: Sequence[Row], path: Path) -> None:
-    delimiter = "\t" if path.name.endswith(".tsv.part") else ","
+def _write_csv(rows: Sequence[Row], path: Path, *, delimiter: str) -> None:
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]), delimiter=delimiter, lineterminator="\n")
         writer.writeheader()

@@ -5,10 +5,7 @@ torch is imported inside the functions that write; reading an encoder (`dml.enco
 
 import json
 import platform
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -39,8 +36,8 @@ from dml.encoder.manifest import (
     verify_file,
 )
 from dml.encoder.preprocess import Preprocess
-from dml.encoder.storage import flush_to_disk, storage_errors
 from dml.errors import EncoderError, MissingExtra
+from dml.storage import written_aside_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +119,8 @@ def write_folder(
     # As it will be read: tuples become lists, and NaN (a figure that was never measured) becomes null.
     tree: dict[str, Any] = json.loads(json.dumps(dict(described)), parse_constant=lambda _: None)
     tree["fingerprint"] = fingerprint_of(tree)
-    with written_aside(out) as folder:
+    refuse_other_things(out)
+    with written_aside_folder(out) as folder:
         from safetensors.numpy import save_file
 
         save_file(dict(weights), folder / WEIGHTS, metadata={"format": "pt"})
@@ -180,34 +178,10 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-@contextmanager
-def written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; it takes the place of `out` when the block ends well, else it
-    vanishes.
-
-    Raises:
-        EncoderError: `out` exists and is no encoder.
-        StorageError: the disk is full or refuses.
-    """
+def refuse_other_things(out: Path) -> None:
+    """Raises EncoderError when there is something at `out` that is no encoder: it would be replaced."""
     if out.exists() and not (out.is_dir() and (is_encoder(out) or not any(out.iterdir()))):
         raise EncoderError(f"{out} exists and is not an encoder; it is left alone. Give another folder.")
-    mark = secrets.token_hex(4)
-    aside, old = (out.parent / f".{out.name}.{mark}.{kind}" for kind in ("part", "old"))
-    try:
-        with storage_errors(out):
-            aside.mkdir(parents=True)
-            yield aside
-            for file in [*aside.iterdir(), aside]:
-                flush_to_disk(file)
-            if out.exists():
-                out.rename(old)
-            aside.rename(out)
-            flush_to_disk(out.parent)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ def write_onnx(model: Embedder, path: Path, *, image_size: int) -> None:
                 external_data=size > LARGEST_SINGLE_FILE,
                 verbose=False,
             )
+    except OSError:  # the disk, not the model: whoever has opened the folder says so
+        raise
     except Exception as error:  # the exporter raises what the model's own code raises under tracing
         first = (str(error).strip().splitlines() or [""])[0]
         raise EncoderError(

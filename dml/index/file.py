@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all, and the format of a saved index.
+"""The format of a saved index.
 
 An index file::
 
@@ -9,25 +9,23 @@ An index file::
 
 import hashlib
 import json
-import os
 import struct
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from dml.errors import DamagedFile, StorageError
+from dml.errors import DamagedFile
+from dml.storage import ASIDE as ASIDE
+from dml.storage import flush_to_disk as sync_folder  # noqa: F401  under the name that collections know
+from dml.storage import opened_aside
 
 MAGIC = b"DMLINDEX"
 FORMAT = 1
 PREFIX = struct.Struct("<8sQQ32s")
 BLOCK = 1 << 22  # bytes per read while checking
-ASIDE = ".aside"
-"""Files with this suffix are half-written; whoever holds the folder's lock may delete them."""
 
 
 class Sink(Protocol):
@@ -46,41 +44,6 @@ class Header:
     settings: Mapping[str, Any]  # of the kind
     note: Mapping[str, Any]  # of whoever saved it
     sections: Mapping[str, tuple[int, int, str]]  # name -> (offset, length, sha256)
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to; on leaving it is flushed to the disk and takes the place of `path` in one step.
-
-    Raises:
-        StorageError: for every OSError on the way; `path` is then as it was.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{ASIDE}")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"{path} could not be written: {error.strerror or error}. What was there before is unchanged; "
-            f"make room (or fix the permissions) and try again."
-        ) from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class HashingSink:
@@ -114,7 +77,7 @@ def write_index_file(
     Raises:
         StorageError: the disk is full or refuses; `path` is then as it was.
     """
-    with written_aside(path) as file:
+    with opened_aside(path) as file:
         file.write(bytes(PREFIX.size))
         table: dict[str, tuple[int, int, str]] = {}
         for name, write in sections.items():
