@@ -31,9 +31,11 @@ Store = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch", min=1, help="Pictures embedded at once.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")]
-MaxBad = Annotated[
+MaxBadShare = Annotated[
     float,
-    typer.Option("--max-bad", min=0, max=1, help="Share of unreadable pictures that is still accepted."),
+    typer.Option(
+        "--max-bad-share", min=0, max=1, help="Share of unreadable pictures that is still accepted."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -59,7 +61,7 @@ def build(
     measure: Annotated[bool, typer.Option(help="Measure the recall of an approximate index.")] = True,
     batch: BatchSize = 64,
     workers: Workers = 2,
-    max_bad: MaxBad = 0.05,
+    max_bad_share: MaxBadShare = 0.05,
     as_json: Json = False,
 ) -> None:
     """Embed pictures and make them searchable.
@@ -70,7 +72,9 @@ def build(
     """
     from dml.collection import is_collection
     from dml.collection.build import Settings, build_collection
+    from dml.collection.place import recover
 
+    recover(out)
     if if_missing and is_collection(out):
         typer.echo(f"{out} is there already; nothing to do", err=True)
         return
@@ -85,7 +89,7 @@ def build(
             device=device,
             overwrite=overwrite,
             measure=measure,
-            settings=Settings(store=store, batch_size=batch, workers=workers, max_bad_share=max_bad),
+            settings=Settings(store=store, batch_size=batch, workers=workers, max_bad_share=max_bad_share),
             progress=progress,
         )
     show_report(report, as_json=as_json)
@@ -108,7 +112,7 @@ def add(
     ] = None,
     batch: BatchSize = 64,
     workers: Workers = 2,
-    max_bad: MaxBad = 0.05,
+    max_bad_share: MaxBadShare = 0.05,
     as_json: Json = False,
 ) -> None:
     """Add pictures, or replace those of the same id. They are found at once.
@@ -127,7 +131,9 @@ def add(
                 there,
                 source,
                 encoder=loaded,
-                settings=Settings(store=store, batch_size=batch, workers=workers, max_bad_share=max_bad),
+                settings=Settings(
+                    store=store, batch_size=batch, workers=workers, max_bad_share=max_bad_share
+                ),
                 progress=progress,
             )
         if rebuild or (rebuild is None and there.wants_rebuild):
@@ -332,12 +338,17 @@ def show_report(report: "Report", *, as_json: bool) -> None:
         typer.echo(f"skipped {one.path}: {one.reason}", err=True)
     if len(report.bad) > BAD_SHOWN:
         typer.echo(f"… and {len(report.bad) - BAD_SHOWN} more", err=True)
+    if report.without_picture:
+        typer.echo(
+            f"{report.without_picture:,} items have a vector only: their pictures were not found", err=True
+        )
     if as_json:
         print_json(
             {
                 "collection": str(report.path),
                 "added": report.added,
                 "replaced": report.replaced,
+                "without_picture": report.without_picture,
                 "bad": [{"path": one.path, "reason": one.reason} for one in report.bad],
                 "seconds": round(report.seconds, 3),
                 "index": dict(report.index),

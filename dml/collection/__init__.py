@@ -71,7 +71,7 @@ def create_collection(
 def open_collection(
     path: str | Path, *, read_only: bool = False, fingerprint: str | None = None, device: str = "auto"
 ) -> "LocalCollection":
-    """Open the collection in a folder.
+    """Open the collection in a folder. One whose replacement was cut short is put back first.
 
     Args:
         read_only: no lock is taken, any number may; changes of a writer elsewhere are followed.
@@ -83,9 +83,12 @@ def open_collection(
         ModelMismatch: `fingerprint` is not the collection's.
         CollectionLocked: somebody else writes to it.
         DamagedFile: a manifest or catalogue that cannot be read, or of a newer version.
+        ConfigError: a device that is not there.
     """
     from dml.collection.local import LocalCollection
+    from dml.collection.place import recover
 
+    recover(Path(path))
     return LocalCollection(Path(path), read_only=read_only, fingerprint=fingerprint, device=device)
 
 

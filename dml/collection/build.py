@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from dml.collection import create_collection, is_collection, open_collection
 from dml.collection.base import NewItem
-from dml.collection.local import LOCK, LocalCollection, check_id, check_kind
-from dml.collection.lock import WriterLock
+from dml.collection.local import LocalCollection, check_id, check_kind
+from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import read_manifest
+from dml.collection.place import building, clear, put_into_place, recover, turn
+from dml.data.ids import absolute, common_root, item_ids, relative_path, table_root
+from dml.data.reading import check_share
 from dml.errors import (
     CollectionError,
     DataError,
@@ -23,16 +25,16 @@ from dml.errors import (
     ImageNotKept,
     MissingExtra,
     ModelMismatch,
-    StorageError,
-    TooManyBadImages,
     UsageError,
 )
 from dml.imaging import IMAGE_SUFFIXES, BadImage
-from dml.index.file import sync_folder
+from dml.index import check_options
+from dml.storage import flush_to_disk, storage_errors
 
 if TYPE_CHECKING:
     from dml.data.table import ImageTable, Record
     from dml.encoder import Encoder
+    from dml.encoder.embeddings import EmbeddedItem
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Report:
     added: int = 0
     replaced: int = 0
     bad: list[BadImage] = field(default_factory=list)
+    without_picture: int = 0  # items that have a vector only, for their picture is not there any more
     seconds: float = 0.0
     index: Mapping[str, Any] = field(
         default_factory=dict
@@ -111,6 +114,8 @@ def build_collection(
     """
     source, out, settings = Path(source), Path(out).absolute(), settings or Settings()
     check_kind(kind)
+    check_options(kind, options or {})
+    recover(out)
     started = time.monotonic()
     supply = open_supply(source, encoder, settings)
     if goes_into(out, supply.fingerprint, overwrite=overwrite):
@@ -124,6 +129,7 @@ def build_collection(
             supply,
             out,
             create={"name": name or out.name, "index": kind, "options": options, "device": device},
+            overwrite=overwrite,
             measure=measure,
             progress=progress,
         )
@@ -171,71 +177,60 @@ def build_aside(
     out: Path,
     *,
     create: Mapping[str, Any],
+    overwrite: bool,
     measure: bool,
     progress: Progress | None,
 ) -> Report:
-    """Make a collection beside `out` and rename it when it is complete."""
-    aside = out.with_name(f".{out.name}.building")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if aside.is_dir():  # left by a build that was killed; one that still runs holds its lock
-            WriterLock(aside / LOCK).release()
-            shutil.rmtree(aside)
-        collection = create_collection(
-            aside,
+    """Make a collection beside `out` and rename it when it is complete.
+
+    Raises:
+        CollectionLocked: another build into `out` runs, or somebody writes to what is to be replaced.
+    """
+    with storage_errors(out):
+        collection = begin(supply, out, create=create)
+        finished = False
+        try:
+            if supply.encoder_folder is not None:
+                copy_folder(supply.encoder_folder, collection.path / "encoder")
+            report = supply.pour(collection, progress)
+            report.index = collection.build_index(measure=measure)
+            finished = True
+        finally:
+            # Its lock is let go of in our turn only: nobody takes the folder for a leftover before it has its
+            # name, and what is cleared here is ours.
+            with turn(out.parent):
+                collection.close()
+                try:
+                    if finished:
+                        put_into_place(out, overwrite=overwrite)
+                finally:
+                    with suppress(OSError):
+                        clear(out)
+    return report
+
+
+def begin(supply: "Supply", out: Path, *, create: Mapping[str, Any]) -> LocalCollection:
+    """An empty collection beside `out`, after clearing what a killed build left there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with turn(out.parent):
+        clear(out)
+        if (out / LOCK).exists():
+            WriterLock(out / LOCK).release()  # rather now than after everything has been embedded
+        return create_collection(
+            building(out),
             dim=supply.dim,
             fingerprint=supply.fingerprint,
             roots={MAIN_ROOT: supply.root} if supply.root is not None else {},
             encoder_info=supply.encoder_info,
             **create,
         )
-        try:
-            if supply.encoder_folder is not None:
-                copy_folder(supply.encoder_folder, aside / "encoder")
-            report = supply.pour(collection, progress)
-            report.index = collection.build_index(measure=measure)
-        finally:
-            collection.close()
-        put_into_place(aside, out)
-    except OSError as error:
-        raise StorageError(f"{out} could not be made: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(aside)
-    return report
-
-
-def put_into_place(aside: Path, out: Path) -> None:
-    """Rename a finished folder, moving away what is at `out`. Refused while somebody writes to that."""
-    if not out.exists():
-        os.rename(aside, out)
-    else:
-        old = out.with_name(f".{out.name}.replaced")
-        lock = WriterLock(out / LOCK) if is_collection(out) else None
-        try:
-            if old.exists():
-                shutil.rmtree(old)
-            os.rename(out, old)
-            try:
-                os.rename(aside, out)
-            except OSError:
-                os.rename(old, out)
-                raise
-        finally:
-            if lock is not None:
-                lock.release()
-        shutil.rmtree(old, ignore_errors=True)
-    sync_folder(out.parent)
 
 
 def copy_folder(source: Path, target: Path) -> None:
     """Copy an encoder's files and flush them."""
     shutil.copytree(source, target)
-    for path in target.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(target)
+    for path in [*target.rglob("*"), target]:
+        flush_to_disk(path)
 
 
 # Where items come from
@@ -280,7 +275,7 @@ class PictureSupply(Supply):
         self.encoder, self.settings = encoder, settings
         self.table = open_pictures(source)
         self.records = list(self.table.records)
-        self.root = common_root(self.table)
+        self.root = table_root(self.table)
         self.dim, self.fingerprint = encoder.dim, encoder.fingerprint
         self.encoder_folder, self.encoder_info = encoder.path, describe_encoder(encoder)
 
@@ -290,7 +285,6 @@ class PictureSupply(Supply):
         prefix = settle_root(collection, self.root, store=self.settings.store)
         ids = item_ids(self.records, self.root)
         total = len(self.records)
-        limit = int(self.settings.max_bad_share * total)
 
         def items() -> Iterator[NewItem]:
             stream = self.encoder.embed_stream(
@@ -318,15 +312,18 @@ class PictureSupply(Supply):
                         image=image,
                         file=None if self.settings.store else record.path,
                     )
-                check_bad(report.bad, limit, total, self.settings.max_bad_share)
+                self._require_few(report.bad)
                 if progress is not None and len(batch.indices):
                     progress(int(batch.indices[-1]) + 1, total, len(report.bad))
 
         add_in_batches(collection, items(), report, self.fingerprint)
-        check_bad(report.bad, limit, total, self.settings.max_bad_share)
+        self._require_few(report.bad)
         if not report.added + report.replaced:
             raise DataError(f"None of the {total} pictures of {self.table.name} can be read.")
         return report
+
+    def _require_few(self, bad: Sequence[BadImage]) -> None:
+        check_share(bad, len(self.records), self.settings.max_bad_share, option="--max-bad-share")
 
 
 class EmbeddingsSupply(Supply):
@@ -350,7 +347,9 @@ class EmbeddingsSupply(Supply):
             )
         else:
             self.encoder_folder, self.encoder_info = encoder.path, describe_encoder(encoder)
-        self.root = self.embeddings.root if self.embeddings.root.is_dir() else None
+        self.files = [absolute(self.embeddings.root / item.path) for item in self.embeddings.items]
+        root = common_root(self.embeddings.root, self.files)
+        self.root = root if root.is_dir() else None
 
     def pour(self, collection: LocalCollection, progress: Progress | None) -> Report:
         total = len(self.embeddings)
@@ -360,21 +359,35 @@ class EmbeddingsSupply(Supply):
         prefix = "" if self.root is None else settle_root(collection, self.root, store=self.settings.store)
 
         def items() -> Iterator[NewItem]:
-            for done, (item, vector) in enumerate(
-                zip(self.embeddings.items, self.embeddings.vectors, strict=True), start=1
+            for done, (item, file, vector) in enumerate(
+                zip(self.embeddings.items, self.files, self.embeddings.vectors, strict=True), start=1
             ):
-                yield NewItem(prefix + item.id, vector, item.payload, **self._picture(item.path))
+                picture = self._picture(file)
+                report.without_picture += not picture
+                yield NewItem(prefix + self._id(item), vector, item.payload, **picture)
                 if progress is not None and (done % COMMIT_EVERY == 0 or done == total):
                     progress(done, total, 0)
 
         add_in_batches(collection, items(), report, self.fingerprint)
+        if report.without_picture:
+            log.warning(
+                "%d of %d items have a vector only: their pictures are not below %s any more",
+                report.without_picture,
+                total,
+                self.embeddings.root,
+            )
         return report
 
-    def _picture(self, path: str) -> dict[str, Any]:
+    def _id(self, item: "EmbeddedItem") -> str:
+        """As the embeddings say; absolute paths, which `dml embed` wrote once, become relative."""
+        if self.root is not None and item.id.startswith("/"):
+            return relative_path(Path(item.id), self.root)
+        return item.id
+
+    def _picture(self, file: Path) -> dict[str, Any]:
         """The picture of an item, where it still lies below the root; else the item has a vector only."""
-        if self.root is None or not (self.root / path).is_file() or Path(path).is_absolute():
+        if self.root is None or not file.is_file():
             return {}
-        file = self.root / path
         return {"image": file.read_bytes()} if self.settings.store else {"file": file}
 
 
@@ -396,15 +409,6 @@ def open_pictures(source: Path) -> "ImageTable":
     if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
         return ImageTable(source.name, source.parent, "one picture", (Record(source, None),), ())
     return open_table(source)
-
-
-def common_root(table: "ImageTable") -> Path:
-    """The folder that all pictures lie below: the table's own, or else the deepest that holds them."""
-    root = Path(os.path.abspath(table.root))
-    paths = [Path(os.path.abspath(record.path)) for record in table.records]
-    if all(path.is_relative_to(root) for path in paths):
-        return root
-    return Path(os.path.commonpath([str(path.parent) for path in paths]))
 
 
 def settle_root(collection: LocalCollection, root: Path, *, store: bool) -> str:
@@ -429,21 +433,6 @@ def settle_root(collection: LocalCollection, root: Path, *, store: bool) -> str:
     return f"{name}/"
 
 
-def item_ids(records: Sequence["Record"], root: Path) -> list[str]:
-    """POSIX paths relative to the root; rows of the same picture differ by their box or a number."""
-    ids, seen = [], set()
-    for record in records:
-        path = Path(os.path.abspath(record.path)).relative_to(root).as_posix()
-        id, number = path, 2
-        if id in seen and record.box is not None:
-            id = f"{path}#{','.join(map(str, record.box))}"
-        while id in seen:
-            id, number = f"{path}#{number}", number + 1
-        seen.add(id)
-        ids.append(id)
-    return ids
-
-
 def payload_of(record: "Record") -> dict[str, Any]:
     """What is known about a picture: its manifest's columns, label, split, role and box."""
     known = {"label": record.label, "split": record.split, "role": record.role}
@@ -463,18 +452,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
     return str(value)
-
-
-def check_bad(bad: Sequence[BadImage], limit: int, total: int, share: float) -> None:
-    """Stop when too many pictures cannot be read. Raises TooManyBadImages naming the first ones."""
-    if len(bad) <= limit:
-        return
-    first = "\n".join(f"  {one.path}: {one.reason}" for one in bad[:5])
-    raise TooManyBadImages(
-        f"{len(bad)} of {total} pictures cannot be read, and the limit is {share:.0%} of them. "
-        f"The first:\n{first}\n"
-        f"`dml data check` lists all. Mend them, or allow more with --max-bad 0.5."
-    )
 
 
 def keep_what_is_known(collection: LocalCollection, batch: list[NewItem]) -> None:

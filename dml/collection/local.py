@@ -10,6 +10,7 @@
     writer.lock              held by the one process that writes
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -29,7 +30,7 @@ from dml.collection import catalog as sql
 from dml.collection.base import CollectionInfo, Hit, Item, NewItem, Payload, Picture, SearchResult
 from dml.collection.catalog import Catalog, Change
 from dml.collection.generation import Generation, Snapshot
-from dml.collection.lock import WriterLock
+from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import Manifest, read_manifest, write_manifest
 from dml.collection.measure import HeldOut, hold_out, measure_recall, training_sample
@@ -48,15 +49,15 @@ from dml.errors import (
     UsageError,
     VectorError,
 )
-from dml.index import KINDS, choose_kind, load_index, make_index
+from dml.index import KINDS, check_options, choose_kind, load_index, make_index
 from dml.index.base import VectorIndex, Vectors, check_vectors
-from dml.index.file import ASIDE, check_index_file, read_header
-from dml.registry import unknown
+from dml.index.file import FORMAT, MAGIC, PREFIX, check_index_file, read_header
+from dml.registry import resolve, unknown
+from dml.storage import ASIDE
 
 log = logging.getLogger(__name__)
 
 CATALOG = "catalog.sqlite"
-LOCK = "writer.lock"
 SNAPSHOTS = "snapshots"
 KEPT_SNAPSHOTS = 2
 LONGEST_ID = 512  # characters
@@ -86,6 +87,7 @@ def create_local(
     if dim < 1:
         raise ConfigError(f"a collection needs vectors of at least 1 number, got dim {dim}")
     check_kind(index)
+    check_options(index, options)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CollectionError(f"{path} is not an empty folder; give a new one, or open what is there.")
     manifest = Manifest(
@@ -132,6 +134,8 @@ class LocalCollection:
         self._lock = threading.RLock()  # writing, and for a reader: catching up
         self._building = threading.Lock()
         self._closed = False
+        self._unread: list[Path] = []
+        """Snapshots that may be sound, and that this process cannot read: nobody replaces them unasked."""
         self._writer_lock = None if read_only else WriterLock(self.path / LOCK)
         try:
             if not read_only:
@@ -267,7 +271,14 @@ class LocalCollection:
             return written.created
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Forget these ids; durable on return. How many were there. Raises StorageError, ReadOnly."""
+        """Forget these ids; durable on return. How many were there.
+
+        Raises:
+            UsageError: text that no id can be, for it is not Unicode; before anything is forgotten.
+            StorageError, ReadOnly
+        """
+        for id in ids:
+            check_unicode(id)
         with self._write() as state:
             written = self._catalog.remove(ids)
             self._state = state.changed(
@@ -485,6 +496,7 @@ class LocalCollection:
             check_kind(kind)
         same: Mapping[str, Any] = asked["options"] if kind in (None, asked["kind"]) else {}
         wanted = {"kind": kind or asked["kind"], "options": dict(same if options is None else options)}
+        check_options(wanted["kind"], wanted["options"])
         with self._building:
             base, built = self._build(wanted, measure=measure, seed=seed)
             with self._write(), self._catalog.reading() as db:
@@ -557,21 +569,28 @@ class LocalCollection:
         return Snapshot(make_index("flat", self.dim), 0, 0)
 
     def _load_snapshot(self, db: Any) -> Snapshot | None:
-        """The newest snapshot that is whole and fits the catalogue; None when there is none."""
+        """The newest snapshot that is whole and fits the catalogue; None when there is none.
+
+        Only what has shown to be damaged is deleted: its length or a checksum is wrong, in a format that is
+        known. What a newer dml wrote, or what cannot be read just now, is passed over and stays.
+        """
         sequence, horizon = sql.read_state(db)
+        self._unread = []
         for path in self._snapshots():
             try:
-                note = read_header(path).note
-                if note.get("fingerprint") != self.fingerprint or not horizon <= note["sequence"] <= sequence:
+                header = read_header(path)
+                note, origin = header.note, (header.note.get("fingerprint"), header.dim)
+                if origin != (self.fingerprint, self.dim) or not horizon <= note["sequence"] <= sequence:
                     log.warning("%s does not belong to this state of the catalogue; passed over", path)
                     continue
+                check_kind_of(path, header.kind)
                 index = load_index(path, device=self.device)
-                if index.dim != self.dim:
-                    raise DamagedFile(f"{path} holds vectors of {index.dim} numbers, expected {self.dim}")
                 return Snapshot(index, note["sequence"], note["last_row"], note.get("measured"))
-            except (DamagedFile, KeyError, ConfigError) as error:
+            except (DamagedFile, OSError, KeyError) as error:
                 log.warning("%s; passed over, nothing is lost: the catalogue has everything", error)
-                if not self.read_only:
+                if not is_damage(path, error):
+                    self._unread.append(path)
+                elif not self.read_only:
                     path.unlink(missing_ok=True)
             except MissingExtra as error:
                 log.warning("%s Until then this collection is searched exactly, with numpy.", error)
@@ -580,7 +599,13 @@ class LocalCollection:
 
     def _rebuilt(self, db: Any) -> Generation:
         """No snapshot can be used, though there was one: make it again, or search exactly meanwhile."""
-        if not self.read_only:
+        if self._unread:
+            log.warning(
+                "%s is searched exactly until its index can be read (by the dml that wrote it), or "
+                "`dml index rebuild` has made a new one.",
+                self.path,
+            )
+        elif not self.read_only:
             log.warning("the index of %s is built again from the catalogue", self.path)
             try:
                 base, built = self._build(self.manifest.index, measure=False, seed=0)
@@ -679,6 +704,33 @@ def fill(index: VectorIndex, db: Any, *, count: int, held: NDArray[np.int64], di
     return HeldOut(np.concatenate(rows), np.concatenate(vectors))
 
 
+def check_kind_of(path: Path, kind: str) -> None:
+    """Refuse a snapshot of an index kind that cannot be had here. Raises DamagedFile."""
+    try:
+        resolve("index kind", kind, KINDS)
+    except ConfigError as error:
+        raise DamagedFile(f"{path} cannot be read here: {error}") from error
+
+
+def is_damage(path: Path, error: Exception) -> bool:
+    """Whether a snapshot has shown to be broken for good: by its length or a checksum, in a known format."""
+    if not isinstance(error, DamagedFile) or isinstance(error.__cause__, OSError | ConfigError):
+        return False
+    try:
+        with open(path, "rb") as file:
+            prefix = file.read(PREFIX.size)
+            if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
+                return True
+            _, offset, length, digest = PREFIX.unpack(prefix)
+            file.seek(offset)
+            encoded = file.read(length)
+    except (FileNotFoundError, OverflowError, MemoryError):  # a length that no file has
+        return True
+    except OSError:
+        return False
+    return hashlib.sha256(encoded).digest() != digest or json.loads(encoded).get("format", 0) <= FORMAT
+
+
 def bytes_below(folder: Path) -> int:
     """What the files of a folder take; files that come and go meanwhile may count or not."""
     total = 0
@@ -694,6 +746,16 @@ def check_id(id: str) -> None:
         raise UsageError(f"an item's id must be text of 1 to {LONGEST_ID} characters, got {id!r:.80}")
     if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in id):
         raise UsageError(f"an item's id must not hold control characters, got {id!r:.80}")
+
+
+def check_unicode(id: str) -> None:
+    """Refuse bytes that are no UTF-8, as a shell may pass them. Raises UsageError."""
+    try:
+        id.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"an item's id is Unicode text, got {id!r:.80}, which is not (bytes that are no UTF-8?)"
+        ) from None
 
 
 def encode_payload(payload: Payload, id: str) -> str:

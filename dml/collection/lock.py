@@ -8,6 +8,9 @@ from typing import BinaryIO
 
 from dml.errors import CollectionLocked, NotAvailable, StorageError
 
+LOCK = "writer.lock"
+"""The file in a collection's folder."""
+
 
 class WriterLock:
     """Held from construction to `release`, or until the process ends in whatever way.

@@ -96,17 +96,22 @@ def read_ahead(function: Callable[[T], R], items: Sequence[T], *, workers: int, 
                 future.cancel()
 
 
-def check_share(bad: Sequence[BadImage], total: int, limit: float) -> None:
+def check_share(
+    bad: Sequence[BadImage], total: int, limit: float, *, option: str = "data.max_bad_share"
+) -> None:
     """Fail when more than the share `limit` of `total` pictures is bad.
+
+    Args:
+        option: what the user knows the limit as.
 
     Raises:
         TooManyBadImages: with the counts and the first reasons.
     """
-    if total and len(bad) > limit * total:
+    if len(bad) > limit * total + 1e-9:  # 0.29 * 100 is below 29
         shown = "\n  ".join(b.reason for b in bad[:5])
         more = f"\n  … and {len(bad) - 5:,} more" if len(bad) > 5 else ""
         raise TooManyBadImages(
             f"{len(bad):,} of {total:,} images cannot be read, more than the {limit:.1%} that "
-            f"data.max_bad_share allows:\n  {shown}{more}\n`dml data check` lists them all. Mend or remove "
+            f"{option} allows:\n  {shown}{more}\n`dml data check` lists them all. Mend or remove "
             "them, or raise the limit."
         )

@@ -24,9 +24,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from dml.data.ids import item_ids, relative_path, table_root
+from dml.data.reading import check_share
 from dml.data.table import ImageTable, Record
 from dml.encoder.encoder import BATCH_SIZE, Encoder
-from dml.errors import DataError, ModelMismatch, TooManyBadImages, UsageError
+from dml.errors import DataError, ModelMismatch, UsageError
 from dml.imaging import BadImage
 from dml.storage import flush_to_disk, storage_errors, write_aside
 
@@ -43,7 +45,7 @@ class EmbeddedItem(NamedTuple):
     """One row of an embeddings folder."""
 
     id: str
-    path: str  # relative to the root where the picture lies below it, else absolute
+    path: str  # relative to the root
     label: str | None
     payload: Mapping[str, Any]  # further columns, and what is known of label, split, role and box
 
@@ -115,15 +117,14 @@ def embed_table(
         return open_embeddings(out)
     journal = Journal(out / "parts", len(table.records))
     on_progress(journal.done)
-    limit = max_bad_share * len(table.records)
-    require_few(journal.bad, limit, len(table.records))
+    require_few(journal, max_bad_share)
     while journal.done < len(table.records):
         start = journal.done
         rows = table.records[start : start + part_rows]
         vectors, bad = embed_part(encoder, rows, batch_size, workers, lambda n, s=start: on_progress(s + n))
         journal.add(len(rows), vectors, bad)
         on_progress(journal.done)
-        require_few(journal.bad, limit, len(table.records))
+        require_few(journal, max_bad_share)
     finish(out, table, journal, manifest)
     return open_embeddings(out)
 
@@ -140,7 +141,7 @@ def describe(encoder: Encoder, table: ImageTable, format: Format) -> dict[str, A
         "metric": "cosine",
         "encoder": str(encoder.path.resolve()),
         "source": table.name,
-        "root": str(table.root.resolve()),
+        "root": str(table_root(table)),
         "pictures": len(table.records),
         "listing": digest_of_records(table.records),
     }
@@ -223,7 +224,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, total: int) -> None:
-        self.folder, self.path = folder, folder / "journal.jsonl"
+        self.folder, self.path, self.total = folder, folder / "journal.jsonl", total
         self.lines: list[dict[str, Any]] = []
         with storage_errors(folder):
             folder.mkdir(exist_ok=True)
@@ -300,16 +301,9 @@ def embed_part(
     return np.concatenate(vectors), [(int(row), one) for row, one in zip(missing, listed, strict=True)]
 
 
-def require_few(bad: Sequence[tuple[int, BadImage]], limit: float, total: int) -> None:
-    """Raise TooManyBadImages as soon as there are more bad pictures than `limit`."""
-    if len(bad) <= limit:
-        return
-    shown = "".join(f"\n  {one.reason}" for _, one in bad[:5])
-    more = f"\n  … and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-    raise TooManyBadImages(
-        f"{len(bad):,} of {total:,} pictures cannot be read, more than --max-bad-share allows:{shown}{more}\n"
-        f"`dml data check` lists them all. Mend or remove them, or raise the limit."
-    )
+def require_few(journal: Journal, share: float) -> None:
+    """Raise TooManyBadImages as soon as more than this share of all pictures is bad."""
+    check_share([one for _, one in journal.bad], journal.total, share, option="--max-bad-share")
 
 
 def finish(out: Path, table: ImageTable, journal: Journal, manifest: Mapping[str, Any]) -> None:
@@ -332,24 +326,10 @@ def finish(out: Path, table: ImageTable, journal: Journal, manifest: Mapping[str
 
 
 def item_names(table: ImageTable) -> list[tuple[str, str]]:
-    """(id, path) of every record: the path below the root; rows of the same file differ by their box or
-    number.
-    """
-    seen: set[str] = set()
-    names = []
-    for record in table.records:
-        try:
-            path = record.path.relative_to(table.root).as_posix()
-        except ValueError:
-            path = record.path.as_posix()
-        id, number = path, 2
-        if id in seen and record.box is not None:
-            id += "#" + ",".join(map(str, record.box))
-        while id in seen:
-            id, number = f"{path}#{number}", number + 1
-        seen.add(id)
-        names.append((id, path))
-    return names
+    """(id, path) of every record, both relative to `table_root`."""
+    root = table_root(table)
+    paths = (relative_path(record.path, root) for record in table.records)
+    return list(zip(item_ids(table.records, root), paths, strict=True))
 
 
 def item_of(table: ImageTable, names: Sequence[tuple[str, str]], row: int) -> EmbeddedItem:

@@ -1,12 +1,13 @@
 """Vectors in, nearest ids out. Importing this loads no engine."""
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from dml.errors import ConfigError
 from dml.index.base import Hits, Ids, VectorIndex, Vectors
-from dml.registry import resolve
+from dml.registry import parameter_names, resolve
 
 KINDS: Mapping[str, str] = {
     "flat": "dml.index.flat:FlatIndex",
@@ -23,6 +24,9 @@ DESCRIPTIONS: Mapping[str, str] = {
     "ivf": "approximate, vectors grouped into cells; quick to build, CPU or GPU",
 }
 
+LARGEST_OPTION = 2**31 - 1
+"""faiss counts in C's int."""
+
 HNSW_FROM = 50_000
 """From this many vectors on, "auto" means hnsw; below, exact search is quick enough and never wrong."""
 
@@ -33,6 +37,7 @@ __all__ = [
     "Ids",
     "VectorIndex",
     "Vectors",
+    "check_options",
     "choose_kind",
     "load_index",
     "make_index",
@@ -49,17 +54,45 @@ def make_index(kind: str, dim: int, *, device: str = "auto", **options: Any) -> 
         options: of the kind; hnsw: links, build_effort, effort; ivf: cells, effort.
 
     Raises:
-        ConfigError: an unknown kind, option or device.
+        ConfigError: an unknown kind, option or device, or a value that an option does not take.
         MissingExtra: faiss is needed and not installed.
     """
+    check_options(kind, options)
+    return resolve("index kind", kind, KINDS)(dim, device=device, **options)
+
+
+def check_options(kind: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that an index of this kind does not take, without making one.
+
+    Args:
+        kind: a key of `KINDS`, "package.module:Class", or "auto", which has no options: what it will choose
+            is not known yet.
+
+    Raises:
+        ConfigError: naming the option, what was given, and what the kind takes.
+    """
+    if not options:
+        return
+    if kind == "auto":
+        raise ConfigError(
+            f'Options ({", ".join(options)}) belong to a kind of index, and "auto" chooses one by the count '
+            f"of items. Name the kind, for instance hnsw."
+        )
     factory = resolve("index kind", kind, KINDS)
-    try:
-        return factory(dim, device=device, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        option = str(error).rpartition("argument")[2].split(".")[0].strip().strip("'")
-        raise ConfigError(f'The index kind "{kind}" has no option "{option}". Given: {options}.') from None
+    known, open_ended = parameter_names(factory)
+    known = [name for name in known if name not in ("dim", "device")]
+    defaults = {name: found.default for name, found in signature(factory).parameters.items()}
+    for name, value in options.items():
+        if name in ("dim", "device") or (name not in known and not open_ended):
+            raise ConfigError(
+                f'The index kind "{kind}" has no option "{name}" (given: {name} = {value!r}). '
+                f"It takes: {', '.join(known) or 'none'}."
+            )
+        if type(defaults.get(name)) is int and not (type(value) is int and abs(value) <= LARGEST_OPTION):
+            raise ConfigError(
+                f'The option "{name}" of the index kind "{kind}" takes a whole number up to '
+                f"{LARGEST_OPTION:,}, as {name} = {defaults[name]}; got {value!r}."
+            )
 
 
 def load_index(path: Path, *, device: str = "auto") -> VectorIndex:
