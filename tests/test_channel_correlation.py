@@ -219,3 +219,12 @@ def test_the_hidden_layer_never_becomes_too_narrow():
     assert ChannelAttention(512, reduction=16).squeeze.out_features == 32
     assert ChannelAttention(16, reduction=16).squeeze.out_features == 4
     assert sum(p.numel() for p in ChannelAttention(512).parameters()) == 2 * 512**2 // 16 + 512 // 16 + 512
+
+
+def test_what_the_last_batch_showed_is_kept_for_the_log() -> None:
+    loss = ChannelCorrelation()
+    loss(torch.tensor([[0.999, 0.5], [0.001, 0.5]], requires_grad=True), torch.tensor([0, 1]))
+    told = loss.diagnostics
+    assert set(told) == {"intra", "inter", "saturation"}
+    assert told["saturation"] == 0.5
+    assert not any(value.requires_grad for value in told.values())

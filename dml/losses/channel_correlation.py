@@ -1,5 +1,7 @@
 """Channel correlation (CC-Loss): one class, one pattern of important channels."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,6 +66,9 @@ class ChannelCorrelation(nn.Module):
     """
 
     reads = "attention"
+    diagnostics: Mapping[str, Tensor] = MappingProxyType({})
+    """The two distances and the saturation of the last batch, for the log: a saturated sigmoid has stopped
+    learning, which the loss itself does not show."""
 
     def __init__(
         self,
@@ -80,7 +85,9 @@ class ChannelCorrelation(nn.Module):
         self.form, self.pair, self.margin, self.normalize = form, pair, margin, normalize
 
     def forward(self, attention: Tensor, labels: Tensor) -> Tensor:
-        intra, inter, _ = self.measure(attention, labels)
+        measured = self.measure(attention, labels)
+        intra, inter, _ = measured
+        self.diagnostics = {name: value.detach() for name, value in measured._asdict().items()}
         if self.form == "ratio":
             return intra / (inter + 1e-6)
         if self.form == "hinge":

@@ -245,7 +245,7 @@ class Fit:
         return 0 < self.recipe.train.patience <= self.standing.evaluations_since_best
 
     def refuse_divergence(self, step: Step) -> None:
-        """Raises TrainingDiverged: everything behind a loss or a weight that is no number would be none either.
+        """Raises TrainingDiverged: behind a loss or a weight that is no number, everything would be none.
 
         A mining loss hides broken weights: no pair of theirs compares as hard, and it returns 0. They are
         looked at too before they are measured or kept.
@@ -255,9 +255,9 @@ class Fit:
             broken = not all(bool(p.isfinite().all()) for p in self.learner.parameters())
         if broken:
             raise TrainingDiverged(
-                f"Loss or weights are no numbers any more at step {step.number} (epoch {step.epoch + 1}). Lower "
-                f"train.learning_rate (now {self.recipe.train.learning_rate:g}), or shorten long gradients: "
-                f"--set train.clip_norm=1. The last checkpoint in {self.last.parent} is from before."
+                f"Loss or weights are no numbers any more at step {step.number}, epoch {step.epoch + 1}. "
+                f"Lower train.learning_rate (now {self.recipe.train.learning_rate:g}), or shorten long "
+                f"gradients: --set train.clip_norm=1. The last checkpoint in {self.last.parent} is from before."
             )
 
     def steps(self) -> Iterator[Step]:

@@ -34,9 +34,9 @@ class Supervised(Objective):
             of the model's output ("unit" if it has none).
         weights: name -> factor of that term in the sum; 1 where missing.
 
-    Terms returned, all scalars: "loss" (the sum, to minimise), "metric" (the loss proper), each regulariser
-    by its name (without its weight), and where such a stage is there: "kept" (share of rows trusted),
-    "synthetic" and "remembered" (numbers of candidates).
+    Terms returned, all scalars: "loss" (the sum, to minimise), "metric" (the loss proper), each regulariser by
+    its name (without its weight) and what it tells about itself as "name/what", and where such a stage is there:
+    "kept" (share of rows trusted), "synthetic" and "remembered" (numbers of candidates).
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class Supervised(Objective):
         for name, regularizer in self.regularizers.items():
             terms[name] = regularizer(self.read(output, name, regularizer), labels)
             total = total + self.weights[name] * terms[name]
+            for what, value in getattr(regularizer, "diagnostics", {}).items():
+                terms[f"{name}/{what}"] = value
         if self.memory is not None and self.training:
             self.memory.add(output.unit.detach(), labels, ids)  # type: ignore[operator]
         return {"loss": total, **terms}
