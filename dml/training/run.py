@@ -257,7 +257,7 @@ class Fit:
             raise TrainingDiverged(
                 f"Loss or weights are no numbers any more at step {step.number}, epoch {step.epoch + 1}. "
                 f"Lower train.learning_rate (now {self.recipe.train.learning_rate:g}), or shorten long "
-                f"gradients: --set train.clip_norm=1. The last checkpoint in {self.last.parent} is from before."
+                f"gradients: --set train.clip_norm=1. {self.last} is from before."
             )
 
     def steps(self) -> Iterator[Step]:

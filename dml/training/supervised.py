@@ -34,9 +34,9 @@ class Supervised(Objective):
             of the model's output ("unit" if it has none).
         weights: name -> factor of that term in the sum; 1 where missing.
 
-    Terms returned, all scalars: "loss" (the sum, to minimise), "metric" (the loss proper), each regulariser by
-    its name (without its weight) and what it tells about itself as "name/what", and where such a stage is there:
-    "kept" (share of rows trusted), "synthetic" and "remembered" (numbers of candidates).
+    Terms returned, all scalars: "loss" (the sum, to minimise), "metric" (the loss proper), each regulariser
+    by its name (without its weight) and what it tells about itself as "name/what", and where such a stage is
+    there: "kept" (share of rows trusted), "synthetic" and "remembered" (numbers of candidates).
     """
 
     def __init__(
