@@ -289,7 +289,7 @@ def test_a_manifest_keeps_boxes_payload_and_roles(tmp_path, draw):
 def test_a_manifest_that_cannot_be_written_leaves_nothing(tiny_folder, tmp_path):
     splits = divide(open_table(tiny_folder), DataConfig())
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="could not be written"):
         write_manifest(splits, tmp_path / "file" / "m.csv")
     odd = Record(tmp_path / os.fsdecode(b"gr\xfc.jpg"), "a", "train")
     with pytest.raises(DataError, match="not UTF-8"):

@@ -12,8 +12,9 @@ import pytest
 
 from dml.errors import ConfigError, DamagedFile, DimensionMismatch, MissingExtra, StorageError, VectorError
 from dml.index import KINDS, VectorIndex, choose_kind, load_index, make_index
-from dml.index.file import check_index_file, read_header, written_aside
+from dml.index.file import check_index_file, read_header
 from dml.index.flat import FlatIndex
+from dml.storage import opened_aside
 
 DIM = 24
 
@@ -501,7 +502,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path.write_bytes(b"old")
 
     def write_until_the_disk_is_full():
-        with written_aside(path) as file:
+        with opened_aside(path) as file:
             file.write(b"new")
             raise OSError(errno.ENOSPC, "No space left on device")
 
