@@ -6,7 +6,7 @@ safe decoder are opened, and no process-wide setting of Pillow is touched.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset(
 """Endings (lower case, with the dot) by which a file in a folder counts as a picture."""
 
 DEFAULT_MAX_PIXELS = 64_000_000
+STRIP_PIXELS = 1_000_000
+"""Conversions that need several copies of the pixels make them of so many at a time."""
 
 _FOREIGN = {  # signature at an offset -> what it is: known, but not read here
     (0, b"%PDF"): "a PDF document",
@@ -68,6 +70,10 @@ def decode(
     EXIF orientation is applied exactly once; transparency is laid over white; 16-bit grey is scaled to 8 bits
     (v / 257, rounded); of an animation the first frame is taken; CMYK and palettes are converted.
 
+    Beside what the decoder of the format needs for itself, this takes about 8 bytes of memory per pixel at
+    its peak: one copy as stored and one as RGB, whatever the mode. A JPEG is decoded in full size even where
+    a small picture is wanted: scaling while decoding is another filter, and would give other vectors.
+
     Args:
         source: the bytes, or the file that holds them.
         max_pixels: width x height above this is refused before decoding (a small file can unpack to
@@ -89,6 +95,9 @@ def decode(
         # pixels.
         orientation = _orientation(picture)
         flat = _to_rgb(picture)
+        if flat is picture and orientation not in _UPRIGHT:
+            flat = picture.copy()  # a plain picture, without the file and its metadata
+        del picture  # or turning would hold three copies
     except (MemoryError, InvalidImage):
         raise
     except (
@@ -103,13 +112,14 @@ def decode(
     return flat
 
 
-def probe(source: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of a picture file as stored, from its header: quick, and no proof that the rest is
-    sound.
+def probe(source: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of a picture as stored, from its header: quick, and no proof that the rest is sound.
 
     Raises:
         InvalidImage: as `decode` does, for what the header shows.
     """
+    if not isinstance(source, Path):
+        return _open(io.BytesIO(_read(source, "the image", None)), "the image", max_pixels).size
     where = str(source)
     _check_file(source, where)
     try:
@@ -210,17 +220,18 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture as RGB: itself, when it is opaque RGB already."""
     if picture.mode in _DEEP:
-        values = np.nan_to_num(np.asarray(picture).astype(np.float64))
-        return Image.fromarray(_DEEP[picture.mode](values).round().clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        return _deep_to_rgb(picture)
     if picture.has_transparency_data:
-        opaque = picture.convert("RGBA")
-        white = Image.new("RGBA", opaque.size, "white")
-        return Image.alpha_composite(white, opaque).convert("RGB")
+        flat = Image.new("RGB", picture.size)
+        for top, strip in _strips(picture):
+            clear = strip.convert("RGBA")
+            white = Image.new("RGBA", clear.size, "white")
+            flat.paste(Image.alpha_composite(white, clear).convert("RGB"), (0, top))
+        return flat
     if picture.mode == "RGB":
-        return picture.copy()
+        return picture
     try:
         return picture.convert("RGB")
     except ValueError as error:
@@ -229,20 +240,43 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         ) from error
 
 
-def _from_16_bits(values: np.ndarray) -> np.ndarray:
+def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture in horizontal strips of about STRIP_PIXELS, from the top, each with its first row."""
+    rows = max(1, STRIP_PIXELS // picture.width)
+    for top in range(0, picture.height, rows):
+        yield top, picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+
+
+def _deep_to_rgb(picture: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, scaled by the range of the whole picture."""
+
+    def values(strip: Image.Image) -> np.ndarray:
+        return np.nan_to_num(np.asarray(strip).astype(np.float64))
+
+    low = high = 0.0
+    if picture.mode in ("I", "F"):
+        for _, strip in _strips(picture):
+            found = values(strip)
+            low, high = min(low, float(found.min())), max(high, float(found.max()))
+    flat = Image.new("RGB", picture.size)
+    for top, strip in _strips(picture):
+        grey = _DEEP[picture.mode](values(strip), low, high).round().clip(0, 255).astype(np.uint8)
+        flat.paste(Image.fromarray(grey).convert("RGB"), (0, top))
+    return flat
+
+
+def _from_16_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return values / 257  # 65535 -> 255 exactly
 
 
-def _from_32_bits(values: np.ndarray) -> np.ndarray:
+def _from_32_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """32-bit integers: nearly always 16-bit data in a wide file; wider ones are stretched to their own
     maximum."""
-    top = max(float(values.max(initial=0)), 1.0)
-    return _from_16_bits(values) if top <= 65535 else values * (255 / top)
+    return _from_16_bits(values, low, high) if high <= 65535 else values * (255 / high)
 
 
-def _from_floats(values: np.ndarray) -> np.ndarray:
+def _from_floats(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """0..1 and 0..255 are both usual; anything else is stretched to its own range."""
-    low, high = float(values.min(initial=0)), float(values.max(initial=0))
     if low >= 0 and high <= 1:
         return values * 255
     if low >= 0 and high <= 255:
@@ -250,7 +284,7 @@ def _from_floats(values: np.ndarray) -> np.ndarray:
     return (values - low) * (255 / (high - low))
 
 
-_DEEP: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+_DEEP: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
     "I;16": _from_16_bits,
     "I;16B": _from_16_bits,
     "I;16L": _from_16_bits,

@@ -1,15 +1,19 @@
-"""Two small machines that keep the service upright under load: a bounded pool and a micro-batcher.
+"""Three small machines that keep the service upright under load: a bounded pool, a budget, a micro-batcher.
 
 The pool keeps blocking work off the event loop, and refuses more than it can hold instead of growing. The
-batcher lets requests that wait for an encoder at the same moment share one call of it; alone, a request never
-waits for company.
+budget lets large work in only as far as the memory for it goes. The batcher lets requests that wait for an
+encoder at the same moment share one call of it; alone, a request never waits for company.
 """
 
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +22,8 @@ from numpy.typing import NDArray
 from dml.errors import DmlError
 
 T = TypeVar("T")
+_answer_by: ContextVar[float | None] = ContextVar("answer_by", default=None)
+"""When (time.monotonic) nobody waits any longer for what this thread does."""
 
 
 class QueueFull(DmlError):
@@ -63,17 +69,26 @@ class WorkerPool:
                     f"{self._taken} requests are already running or waiting; try again in a moment"
                 )
             self._taken += 1
+        answer_by = time.monotonic() + self._deadline
+
+        def timed() -> T:
+            token = _answer_by.set(answer_by)
+            try:
+                return task()
+            finally:
+                _answer_by.reset(token)
+
         try:
-            future = self._executor.submit(task)
+            future = self._executor.submit(timed)
         except BaseException:
             self._release(None)
             raise
         future.add_done_callback(self._release)
         try:
-            async with asyncio.timeout(self._deadline):
+            async with asyncio.timeout(self._deadline) as limit:
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            if future.done() and not future.cancelled():
+            if not limit.expired():
                 raise  # the task's own
             raise DeadlineExceeded(f"no answer within {self._deadline:g} seconds") from None
 
@@ -84,6 +99,58 @@ class WorkerPool:
     def close(self) -> None:
         """Finish what runs and forget what waits."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Budget:
+    """So much of something, handed out to threads in the order in which they ask.
+
+    Args:
+        whole: how much there is.
+    """
+
+    def __init__(self, whole: int) -> None:
+        self._whole, self._taken = whole, 0
+        self._line: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @property
+    def taken(self) -> int:
+        """What is handed out now."""
+        return self._taken
+
+    @contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        """Have `amount` for as long as the block lasts; waits for it. More than there is counts as all of it.
+
+        Raises:
+            DeadlineExceeded: the call of the pool that this is part of has run out of time.
+        """
+        amount = min(amount, self._whole)
+        place = object()
+        with self._changed:
+            self._line.append(place)
+            try:
+                # In order: a large one would wait for ever if small ones could always slip past it.
+                if not self._changed.wait_for(
+                    lambda: self._line[0] is place and self._taken + amount <= self._whole, remaining()
+                ):
+                    raise DeadlineExceeded("too much is being decoded; the picture did not get its turn")
+                self._taken += amount
+            finally:
+                self._line.remove(place)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
+
+
+def remaining() -> float | None:
+    """Seconds until nobody waits any longer for what this thread does; None outside a pool."""
+    answer_by = _answer_by.get()
+    return None if answer_by is None else max(0.0, answer_by - time.monotonic())
 
 
 class Batcher:

@@ -29,12 +29,14 @@ from dml.errors import (
     UsageError,
     VectorError,
 )
-from dml.imaging import decode
-from service.batching import Batcher
+from dml.imaging import decode, probe
+from service.batching import Batcher, Budget
 from service.pictures import media_type
 from service.settings import Settings
 
 Vector = NDArray[np.float32]
+SIZES_KEPT = 100_000
+"""Pictures whose size is remembered, so that a cached thumbnail costs no second reading."""
 
 
 class ImageEncoder(Protocol):
@@ -158,7 +160,9 @@ class Engine:
     ) -> None:
         self.settings = settings or Settings()
         self.observers = Observers()
+        self.decoding = Budget(self.settings.max_pixels_in_flight)
         self._collections = dict(collections)
+        self._sizes: dict[str, int] = {}
         self._encoders = {encoder.fingerprint: encoder for encoder in encoders}
         self._batchers = {
             fingerprint: Batcher(
@@ -299,8 +303,11 @@ class Engine:
     def _prepare(self, fingerprint: str, image: bytes) -> Vector:
         if not image:
             raise InvalidImage("The picture is empty: 0 bytes. Send the bytes of a picture file.")
+        most = self.settings.max_pixels
         try:
-            upright = decode(image, max_pixels=self.settings.max_pixels)
+            width, height = probe(image, max_pixels=most)
+            with self.decoding.take(width * height):
+                return self._encoders[fingerprint].preprocess(decode(image, max_pixels=most))
         except InvalidImage as error:
             if type(error) is InvalidImage and media_type(image) is None:
                 raise UnsupportedImage(
@@ -308,7 +315,6 @@ class Engine:
                     f"Send a JPEG, PNG, WebP, GIF, BMP or TIFF file."
                 ) from error
             raise
-        return self._encoders[fingerprint].preprocess(upright)
 
     def _embed_for(self, collection: Collection, image: bytes) -> Vector:
         if collection.fingerprint not in self._encoders:
@@ -449,7 +455,14 @@ class Engine:
 
     def thumbnail(self, name: str, id: str) -> bytes:
         """A small upright JPEG without metadata. Raises as `picture`."""
-        return self.collection(name).thumbnail(id, self.settings.thumbnail_pixels)
+        digest = self.picture_digest(name, id)
+        if digest not in self._sizes:
+            if len(self._sizes) >= SIZES_KEPT:
+                self._sizes.clear()
+            width, height = probe(self.picture(name, id))
+            self._sizes[digest] = width * height
+        with self.decoding.take(self._sizes[digest]):
+            return self.collection(name).thumbnail(id, self.settings.thumbnail_pixels)
 
     def picture_digest(self, name: str, id: str) -> str:
         """The sha256 of the picture of an item, without reading it. Raises UnknownItem, ImageNotKept."""

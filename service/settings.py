@@ -24,8 +24,11 @@ class Settings:
 
     max_body_bytes: int = 16 * MEBIBYTE
     """A request whose body is larger is answered 413 while it arrives; the rest is never kept."""
-    max_pixels: int = 64_000_000
+    max_pixels: int = 25_000_000
     """A picture with more is refused from its header alone, before any pixel is decoded."""
+    max_pixels_in_flight: int = 64_000_000
+    """Pictures of this many pixels together are decoded at once; the next one waits for its turn. A pixel
+    takes 8 to 10 bytes until the encoder has its small square; in WebP and JPEG 2000 up to 20."""
     max_limit: int = 1000
     """Hits or items in one answer."""
     max_window: int = 10_000

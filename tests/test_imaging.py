@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import suppress
 
@@ -146,21 +148,72 @@ def test_flipped_bytes_never_raise_anything_but_our_own_error(scale):
                 assert decode(data.tobytes()).mode == "RGB"
 
 
-def png_header(width, height):
-    """A PNG of any claimed size in some dozens of bytes."""
+def png(width, height, *, depth=8, colour=2, content=bytes(1000)):
+    """A PNG of any claimed size and kind of colour (2 RGB, 0 grey, 4 grey and alpha, 6 RGB and alpha)."""
 
     def chunk(name, content):
         body = name + content
         return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(content, 1)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 @pytest.mark.parametrize("side", [8_001, 12_000, 100_000, 2_000_000])
 def test_a_decompression_bomb_is_refused_by_its_header(side):
     with pytest.raises(ImageTooLarge, match="pixels"):
-        decode(png_header(side, side))
+        decode(png(side, side))
+    with pytest.raises(ImageTooLarge, match="pixels"):
+        probe(png(side, side))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+@pytest.mark.parametrize(("colour", "depth", "stored"), [(4, 8, 2), (6, 8, 4), (0, 16, 2), (2, 8, 3)])
+def test_a_large_picture_takes_few_copies_of_itself(tmp_path, colour, depth, stored):
+    """In a process that may grow by 12 bytes per pixel: one copy as stored, one as RGB, and some room."""
+    side = 4000
+    path = tmp_path / "large.png"
+    path.write_bytes(png(side, side, colour=colour, depth=depth, content=bytes((side * stored + 1) * side)))
+    assert path.stat().st_size < side * side // 50
+    script = """
+import resource, sys
+from pathlib import Path
+from dml.imaging import decode, probe
+path = Path(sys.argv[1])
+data = path.read_bytes()
+width, height = probe(data)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+most = used + 12 * width * height
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+print(decode(data).getextrema())
+"""
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    value = 255 if colour in (4, 6) else 0  # transparent black lies over white
+    assert done.stdout.strip() == str(((value, value),) * 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I", "F", "I;16"])
+def test_pictures_of_several_strips_are_as_of_one(monkeypatch, draw, mode):
+    """Values of 32 bits are stretched by the range of the whole picture, wherever its largest value lies."""
+    picture = draw(5, (70, 50))
+    if mode in ("I", "F", "I;16"):
+        values = np.asarray(picture.convert("L")).astype(np.float64) * (257 if mode == "I;16" else 3000)
+        values[-1, -1] = 60_000 if mode == "I;16" else 900_000
+        kind = {"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]
+        data = encoded(Image.fromarray(values.astype(kind)), "TIFF")
+    elif mode == "P":
+        data = encoded(picture.convert("P"), transparency=3)
+    else:
+        picture.putalpha(picture.getchannel("G"))
+        data = encoded(picture.convert(mode))
+    monkeypatch.setattr("dml.imaging.STRIP_PIXELS", 10**9)
+    whole = np.asarray(decode(data))
+    monkeypatch.setattr("dml.imaging.STRIP_PIXELS", 500)
+    assert whole.std() > 1
+    assert np.array_equal(np.asarray(decode(data)), whole)
 
 
 def test_the_pixel_limit_is_the_callers(draw):
@@ -234,6 +287,9 @@ def test_probe_reads_the_size_from_the_header(tmp_path, draw):
     path = tmp_path / "a.png"
     draw(1, (70, 30)).save(path)
     assert probe(path) == (70, 30)
+    assert probe(path.read_bytes()) == (70, 30)
+    with pytest.raises(InvalidImage, match="empty"):
+        probe(b"")
     path.write_text("no picture")
     with pytest.raises(InvalidImage, match="not a picture"):
         probe(path)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import ColourEncoder, colour_collection, jpeg
+from PIL import Image
+from serving import ColourEncoder, colour_collection, encoded, jpeg, paint
 
 from dml.collection import create_collection
 from dml.collection.base import NewItem
@@ -25,7 +26,7 @@ from dml.errors import (
     UsageError,
     VectorError,
 )
-from service.batching import Batcher, DeadlineExceeded, QueueFull, WorkerPool
+from service.batching import Batcher, Budget, DeadlineExceeded, QueueFull, WorkerPool
 from service.engine import Engine, Query, Search, unit
 from service.pictures import media_type
 from service.settings import Settings
@@ -158,6 +159,53 @@ def test_concurrent_searches_and_writes_answer_as_one_by_one(engine, scale):
     assert max(sizes) <= engine.settings.max_batch
 
 
+def test_pictures_are_decoded_only_as_far_as_the_memory_goes(tmp_path):
+    """Sixteen threads with pictures of 60,000 pixels, of which three may be in memory at a time."""
+    held, most, lock = [0], [0], threading.Lock()
+
+    class Watching(ColourEncoder):
+        def preprocess(self, picture: Image.Image) -> np.ndarray:
+            pixels = picture.width * picture.height
+            with lock:
+                held[0] += pixels
+                most[0] = max(most[0], held[0])
+            time.sleep(0.005)
+            with lock:
+                held[0] -= pixels
+            return super().preprocess(picture)
+
+    settings = Settings(max_pixels_in_flight=200_000)
+    collection = colour_collection(tmp_path / "colours", pictures=1)
+    engine = Engine({"colours": collection}, [Watching()], settings=settings)
+    small, large = encoded(paint("gold", 3, (300, 200))), encoded(paint("gold", 3, (900, 700)))
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda data: engine.embed([data])[1][0], [small] * 40 + [large] * 2))
+    assert max(held[0], engine.decoding.taken) == 0
+    assert 60_000 < most[0] <= 630_000
+    np.testing.assert_allclose(found, np.broadcast_to(found[0], (42, 48)), atol=0.05)
+    most[0] = 0
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda data: engine.embed([data]), [small] * 40))
+    assert 60_000 < most[0] <= 180_000
+    with pytest.raises(InvalidImage):
+        engine.embed([small[:500]])
+    assert engine.decoding.taken == 0
+    engine.close()
+
+
+def test_thumbnails_wait_for_memory_too(tmp_path):
+    async def scenario() -> None:
+        pool = WorkerPool(1, 1, deadline_seconds=0.1)
+        with engine.decoding.take(engine.settings.max_pixels_in_flight), pytest.raises(DeadlineExceeded):
+            await pool.run(lambda: engine.thumbnail("colours", "red/0"))
+        assert (await pool.run(lambda: engine.thumbnail("colours", "red/0")))[:2] == b"\xff\xd8"
+        pool.close()
+
+    engine = Engine({"colours": colour_collection(tmp_path / "colours", pictures=1)})
+    asyncio.run(scenario())
+    engine.close()
+
+
 # unit
 
 
@@ -245,6 +293,55 @@ def test_a_failing_call_fails_its_callers_and_no_others():
     batcher.close()
     with pytest.raises(RuntimeError, match="closed"):
         batcher(np.array([[1.0]]))
+
+
+# The budget
+
+
+def test_a_large_piece_of_a_budget_gets_its_turn_among_many_small_ones():
+    budget, order = Budget(10), []
+
+    def take(amount: int) -> None:
+        with budget.take(amount):
+            order.append(amount)
+
+    threads = []
+    with budget.take(6):
+        for amount in (10, 1, 2):
+            threads.append(threading.Thread(target=take, args=(amount,)))
+            threads[-1].start()
+            end = time.monotonic() + 10
+            while len(budget._line) < len(threads) and time.monotonic() < end:
+                time.sleep(0.001)
+        assert order == [], "the small ones stand behind the large one"
+    for thread in threads:
+        thread.join(10)
+    assert order[0] == 10
+    assert sorted(order) == [1, 2, 10]
+    with budget.take(1000):
+        assert budget.taken == 10, "more than there is counts as all of it"
+    assert budget.taken == 0
+
+
+def test_waiting_for_a_budget_counts_against_the_deadline_and_frees_the_thread():
+    async def scenario() -> None:
+        budget, pool = Budget(1), WorkerPool(1, 1, deadline_seconds=0.1)
+
+        def take() -> str:
+            with budget.take(1):
+                return "taken"
+
+        with budget.take(1):
+            with pytest.raises(DeadlineExceeded):
+                await pool.run(take)
+            end = time.monotonic() + 5
+            while pool.taken and time.monotonic() < end:
+                await asyncio.sleep(0.01)
+            assert pool.taken == 0, "the thread must not wait on for nobody"
+        assert await pool.run(take) == "taken"
+        pool.close()
+
+    asyncio.run(scenario())
 
 
 # The pool
