@@ -221,10 +221,10 @@ def test_bad_pictures_are_skipped_counted_and_listed(pictures, tiny_encoder, tmp
 def test_too_many_bad_pictures_fail_and_leave_nothing(pictures, tiny_encoder, tmp_path):
     for path in (pictures / "class_0").iterdir():
         path.write_bytes(b"no picture")
-    with pytest.raises(TooManyBadImages, match=r"8 of 48 pictures cannot be read.*\n.*class_0/0.jpg"):
+    with pytest.raises(TooManyBadImages, match=r"8 of 48 images cannot be read.*\n.*class_0/0.jpg"):
         run("build", pictures, "--encoder", tiny_encoder, "--out", tmp_path / "shop")
     assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
-    run("build", pictures, "--encoder", tiny_encoder, "--out", tmp_path / "shop", "--max-bad", "0.2")
+    run("build", pictures, "--encoder", tiny_encoder, "--out", tmp_path / "shop", "--max-bad-share", "0.2")
 
 
 def test_file_names_that_can_be_no_id_are_skipped_and_listed(pictures, encoder, tmp_path):
@@ -257,7 +257,14 @@ def test_only_bad_pictures_are_an_error_whatever_the_limit(tmp_path, tiny_encode
     (tmp_path / "bad" / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="None of the 1 pictures"):
         run(
-            "build", tmp_path / "bad", "--encoder", tiny_encoder, "--out", tmp_path / "shop", "--max-bad", "1"
+            "build",
+            tmp_path / "bad",
+            "--encoder",
+            tiny_encoder,
+            "--out",
+            tmp_path / "shop",
+            "--max-bad-share",
+            "1",
         )
 
 
@@ -275,6 +282,36 @@ def test_sources_that_are_none_are_refused(tmp_path, tiny_encoder, tiny_folder):
     with pytest.raises(UsageError, match="KEY=VALUE"):
         run("build", tiny_folder, "--encoder", tiny_encoder, "--out", tmp_path / "shop", "--option", "links")
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+def test_options_that_do_not_fit_are_refused_before_anything_is_embedded(
+    tiny_folder, tiny_encoder, tmp_path, monkeypatch
+):
+    from dml.encoder import Encoder
+
+    monkeypatch.setattr(Encoder, "embed_stream", None)
+    for option, message in (("links=x", "got 'x'"), ("colour=3", "It takes: links")):
+        with pytest.raises(ConfigError, match=message):
+            run("build", tiny_folder, "--encoder", tiny_encoder, "--out", tmp_path / "shop",
+                "--index", "hnsw", "--option", option)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_if_missing_finds_a_collection_whose_replacement_was_cut_short(shop, tiny_folder):
+    shop.rename(shop.with_name(".shop.replaced"))
+    assert "nothing to do" in run("build", tiny_folder, "--out", shop, "--if-missing").stderr
+    assert "48 items" in run("verify", shop).stdout
+
+
+def test_items_without_their_pictures_are_said(tiny_folder, pictures, encoder, tmp_path):
+    from dml.data.table import open_table
+    from dml.encoder.embeddings import embed_table
+
+    embed_table(encoder, open_table(pictures), tmp_path / "vectors")
+    shutil.rmtree(pictures / "class_0")
+    said = run("build", tmp_path / "vectors", "--out", tmp_path / "shop", "--json")
+    assert json.loads(said.stdout)["without_picture"] == 8
+    assert "8 items have a vector only" in said.stderr
 
 
 def test_other_things_at_out_are_left_alone_even_with_overwrite(tiny_folder, tiny_encoder, tmp_path):
@@ -426,6 +463,8 @@ def test_removed_items_are_gone(shop, tmp_path):
     assert said == {"removed": 2, "unknown": 0, "count": 44}
     with pytest.raises(UnknownItem, match="None of the 1 ids"):
         run("remove", shop, "class_0/0.jpg")
+    with pytest.raises(UsageError, match="Unicode text"):
+        run("remove", shop, os.fsdecode(b"latin\xff.jpg"))
     with pytest.raises(UsageError, match="No ids"):
         run("remove", shop)
     with open_collection(shop) as there:

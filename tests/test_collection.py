@@ -1,5 +1,6 @@
 """What a collection keeps: everything acknowledged, nothing else, and one moment per search."""
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -28,6 +29,8 @@ from dml.errors import (
     UsageError,
     VectorError,
 )
+from dml.index import make_index
+from dml.index.file import PREFIX
 
 DIM = 16
 FINGERPRINT = "f" * 64
@@ -287,6 +290,14 @@ def test_payloads_that_json_cannot_say_are_refused(create, payload):
     assert len(shop) == 0
 
 
+def test_forgetting_what_is_no_text_is_refused_and_nothing_is_forgotten(create):
+    shop = create()
+    shop.add(items(unit(0, 2)))
+    with pytest.raises(UsageError, match=r"Unicode text, got 'latin\\udcff'"):
+        shop.delete(["i0", "latin\udcff"])
+    assert len(shop) == 2
+
+
 def test_bytes_and_file_together_are_refused(create, tmp_path):
     with pytest.raises(UsageError, match="both image and file"):
         create().add([NewItem("a", unit(0, 1)[0], image=b"x", file=tmp_path / "y")])
@@ -540,6 +551,31 @@ def test_building_with_what_cannot_be_had_changes_nothing(create):
     assert len(shop.search(unit(0, 1), limit=30)[0].hits) == 30
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("hnsw", {"links": "x"}, r'option "links".*whole number.*links = 32; got \'x\''),
+        ("hnsw", {"links": 1.5}, "got 1.5"),
+        ("hnsw", {"links": True}, "got True"),
+        ("hnsw", {"links": 2**40}, "got 1099511627776"),
+        ("hnsw", {"color": 3}, r'no option "color" \(given: color = 3\). It takes: .*links'),
+        ("hnsw", {"dim": 3}, 'no option "dim"'),
+        ("flat", {"links": 3}, "It takes: none"),
+        ("auto", {"links": 3}, "Name the kind"),
+    ],
+)
+def test_options_that_a_kind_does_not_take_are_named(create, tmp_path, kind, options, message):
+    with pytest.raises(ConfigError, match=message):
+        create(index=kind, options=options)
+    assert not (tmp_path / "shop").exists()
+    shop = create()
+    with pytest.raises(ConfigError, match=message):
+        shop.build_index(kind, options=options)
+    if kind != "auto" and "dim" not in options:
+        with pytest.raises(ConfigError, match=message):
+            make_index(kind, DIM, **options)
+
+
 def test_auto_without_faiss_is_flat(create, monkeypatch):
     monkeypatch.setattr("dml.index.faiss_index.find_spec", lambda name: None)
     shop = create(index="auto")
@@ -641,6 +677,68 @@ def test_a_snapshot_of_another_catalogue_is_not_believed(create, reopen, tmp_pat
     again = reopen()
     assert "does not belong" in caplog.text
     assert ids_of(again.search(unit(0, 1), limit=1)[0]) == ["i0"]
+
+
+def rewrite_header(path, **changes):
+    """Change what an index file says about itself, with a checksum that fits."""
+    data = path.read_bytes()
+    magic, offset, length, _ = PREFIX.unpack(data[: PREFIX.size])
+    header = json.dumps({**json.loads(data[offset : offset + length]), **changes}).encode()
+    prefix = PREFIX.pack(magic, offset, len(header), hashlib.sha256(header).digest())
+    path.write_bytes(prefix + data[PREFIX.size : offset] + header)
+
+
+@pytest.mark.parametrize("why", ["newer", "kind", "refused", "engine"])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_snapshot_that_is_not_damaged_is_never_deleted(
+    create, reopen, tmp_path, why, read_only, monkeypatch, caplog
+):
+    shop = create()
+    vectors = unit(0, 40)
+    shop.add(items(vectors))
+    shop.build_index()
+    shop.close()
+    [snapshot] = (tmp_path / "shop" / "snapshots").glob("*.index")
+    if why in ("newer", "kind"):
+        rewrite_header(snapshot, **{"newer": {"format": 2}, "kind": {"kind": "scann"}}[why])
+    before = snapshot.read_bytes()
+
+    def refuse(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as trouble:
+        if why == "refused":
+            trouble.setattr("dml.index.file.PREFIX", type("P", (), {"size": 48, "unpack": refuse}))
+        elif why == "engine":
+            trouble.setattr("dml.collection.local.load_index", refuse)
+        again = reopen(read_only=read_only)
+    assert "passed over" in caplog.text
+    assert "searched exactly until its index can be read" in caplog.text
+    assert ids_of(again.search(vectors[7:8], limit=1)[0]) == ["i7"]
+    assert len(again) == 40
+    again.close()
+    assert snapshot.read_bytes() == before
+    if not read_only:
+        again = reopen()
+        again.build_index()
+        again.close()
+        caplog.clear()
+        assert reopen().verify() == []
+        assert caplog.text == ""
+
+
+def test_a_device_that_is_not_there_is_an_error_and_costs_no_snapshot(create, reopen, tmp_path):
+    pytest.importorskip("faiss")
+    shop = create(index="hnsw")
+    shop.add(items(unit(0, 40)))
+    shop.build_index()
+    shop.close()
+    [snapshot] = (tmp_path / "shop" / "snapshots").glob("*.index")
+    for read_only in (False, True):
+        with pytest.raises(ConfigError, match="no GPU form"):
+            reopen(device="cuda:0", read_only=read_only)
+    assert snapshot.exists()
+    assert reopen().info().index["kind"] == "hnsw"
 
 
 # Formats

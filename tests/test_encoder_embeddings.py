@@ -194,7 +194,7 @@ def test_too_many_bad_pictures_stop_the_job_early_and_nothing_is_lost(
     encoder: Encoder, spoiled: Path, tmp_path: Path
 ) -> None:
     counting = Counting(encoder)
-    with pytest.raises(TooManyBadImages, match=r"1 of 10 pictures cannot be read(?s:.*)2\.png"):
+    with pytest.raises(TooManyBadImages, match=r"1 of 10 images cannot be read(?s:.*)2\.png"):
         embed_table(counting, open_table(spoiled), tmp_path / "v", part_rows=3)
     assert counting.count == 2, "it stopped after the first part"
     result = embed_table(counting, open_table(spoiled), tmp_path / "v", part_rows=3, max_bad_share=0.5)

@@ -348,8 +348,8 @@ class EmbeddingsSupply(Supply):
         else:
             self.encoder_folder, self.encoder_info = encoder.path, describe_encoder(encoder)
         self.files = [absolute(self.embeddings.root / item.path) for item in self.embeddings.items]
-        root = common_root(self.embeddings.root, self.files)
-        self.root = root if root.is_dir() else None
+        self.above = common_root(self.embeddings.root, self.files)
+        self.root = self.above if self.above.is_dir() else None
 
     def pour(self, collection: LocalCollection, progress: Progress | None) -> Report:
         total = len(self.embeddings)
@@ -380,9 +380,8 @@ class EmbeddingsSupply(Supply):
 
     def _id(self, item: "EmbeddedItem") -> str:
         """As the embeddings say; absolute paths, which `dml embed` wrote once, become relative."""
-        if self.root is not None and item.id.startswith("/"):
-            return relative_path(Path(item.id), self.root)
-        return item.id
+        path = Path(item.id)
+        return relative_path(path, self.above) if path.is_relative_to(self.above) else item.id
 
     def _picture(self, file: Path) -> dict[str, Any]:
         """The picture of an item, where it still lies below the root; else the item has a vector only."""
