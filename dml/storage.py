@@ -71,7 +71,9 @@ def storage_reason(error: BaseException) -> str | None:
     if isinstance(error, shutil.Error):
         return _reason_of_copies(error)
     if isinstance(error, OSError):
-        return _in_words(error.errno, error.strerror or str(error) or type(error).__name__)
+        if error.errno is None:  # numpy counts what was written, and asks no further
+            return f"the disk is full or refuses ({error})"
+        return _in_words(error.errno, error.strerror or str(error))
     text = str(error)
     if isinstance(error, RuntimeError) and TORCH_WRITER.search(text):
         first = text.splitlines()[0].rpartition("] . ")[2]
@@ -109,7 +111,7 @@ def _reason_of_copies(error: shutil.Error) -> str:
     if not isinstance(failures, list) or not failures:
         return str(failures)
     _, target, why = failures[0]
-    more = f" (and {len(failures) - 1:,} more files)" if len(failures) > 1 else ""
+    more = f" (and {len(failures) - 1:,} more)" if len(failures) > 1 else ""
     return f"{_in_words(_number_in(str(why)), str(why))}, at {target}{more}"
 
 

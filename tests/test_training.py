@@ -342,7 +342,7 @@ def test_a_full_disk_leaves_the_old_file_in_place(tmp_path: Path) -> None:
         aside.write_text("ha")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(StorageError, match="No space left.*untouched"):
+    with pytest.raises(StorageError, match="No space left.*unchanged"):
         write_aside(path, full)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
