@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +212,22 @@ def test_only_bad_pictures_make_an_empty_table_not_a_crash(
         out = tmp_path / format
         result = embed_table(encoder, open_table(spoiled), out, format=format, max_bad_share=1.0)  # type: ignore[arg-type]
         assert (len(result), result.vectors.shape, len(result.bad)) == (0, (0, 16), 10)
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_file_names_that_can_be_no_id_are_skipped_and_listed(
+    encoder: Encoder, draw, tmp_path: Path, format: Any
+) -> None:
+    folder = tmp_path / "p"
+    folder.mkdir()
+    for number in range(3):
+        draw(number).save(folder / f"{number}.png")
+    shutil.copy(folder / "0.png", os.fsencode(folder) + b"/1latin\xff.png")
+    shutil.copy(folder / "0.png", folder / "two\nlines.png")
+    result = embed_table(encoder, open_table(folder), tmp_path / "v", format=format, max_bad_share=0.5)
+    assert [item.id for item in result.items] == ["0.png", "1.png", "2.png"]
+    assert len(result.vectors) == 3
+    assert [one.reason[:20] for one in result.bad] == ["an item's id must no"] * 2
 
 
 def test_boxes_of_one_picture_are_items_of_their_own(encoder: Encoder, draw, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import Manifest, read_manifest, write_manifest
 from dml.collection.measure import HeldOut, hold_out, measure_recall, training_sample
 from dml.collection.pictures import Pictures, make_folder
+from dml.data.ids import id_problem
 from dml.errors import (
     CollectionError,
     ConfigError,
@@ -60,7 +61,6 @@ log = logging.getLogger(__name__)
 CATALOG = "catalog.sqlite"
 SNAPSHOTS = "snapshots"
 KEPT_SNAPSHOTS = 2
-LONGEST_ID = 512  # characters
 PATIENCE = 20
 """How often a search tries to meet a moment between two writes before it asks the writers to wait."""
 REBUILD_SHARE = 0.1
@@ -742,10 +742,9 @@ def bytes_below(folder: Path) -> int:
 
 def check_id(id: str) -> None:
     """Refuse what cannot be an id: not text, empty, too long, control characters. Raises UsageError."""
-    if not isinstance(id, str) or not id or len(id) > LONGEST_ID:
-        raise UsageError(f"an item's id must be text of 1 to {LONGEST_ID} characters, got {id!r:.80}")
-    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in id):
-        raise UsageError(f"an item's id must not hold control characters, got {id!r:.80}")
+    problem = id_problem(id) if isinstance(id, str) else f"an item's id must be text, got {id!r:.80}"
+    if problem is not None:
+        raise UsageError(problem)
 
 
 def check_unicode(id: str) -> None:

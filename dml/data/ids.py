@@ -6,6 +6,8 @@ from pathlib import Path
 
 from dml.data.table import ImageTable, Record
 
+LONGEST_ID = 512  # characters
+
 
 def table_root(table: ImageTable) -> Path:
     """The folder that ids and paths of a table are relative to, absolute; see `common_root`."""
@@ -41,6 +43,15 @@ def item_ids(records: Sequence[Record], root: Path) -> list[str]:
         seen.add(id)
         ids.append(id)
     return ids
+
+
+def id_problem(id: str) -> str | None:
+    """Why a text cannot be an id: empty, too long, control characters, bytes that are no UTF-8; or None."""
+    if not id or len(id) > LONGEST_ID:
+        return f"an item's id must be text of 1 to {LONGEST_ID} characters, got {id!r:.80}"
+    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in id):
+        return f"an item's id must not hold control characters or bytes that are no UTF-8, got {id!r:.80}"
+    return None
 
 
 def relative_path(path: Path, root: Path) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dml.data.ids import item_ids, relative_path, table_root
+from dml.data.ids import id_problem, item_ids, relative_path, table_root
 from dml.data.reading import check_share
 from dml.data.table import ImageTable, Record
 from dml.encoder.encoder import BATCH_SIZE, Encoder
@@ -116,16 +116,20 @@ def embed_table(
     if prepare(out, manifest):
         return open_embeddings(out)
     journal = Journal(out / "parts", len(table.records))
+    names = item_names(table)
     on_progress(journal.done)
     require_few(journal, max_bad_share)
     while journal.done < len(table.records):
         start = journal.done
         rows = table.records[start : start + part_rows]
-        vectors, bad = embed_part(encoder, rows, batch_size, workers, lambda n, s=start: on_progress(s + n))
+        ids = [id for id, _ in names[start : start + part_rows]]
+        vectors, bad = embed_part(
+            encoder, rows, ids, batch_size, workers, lambda n, s=start: on_progress(s + n)
+        )
         journal.add(len(rows), vectors, bad)
         on_progress(journal.done)
         require_few(journal, max_bad_share)
-    finish(out, table, journal, manifest)
+    finish(out, table, names, journal, manifest)
     return open_embeddings(out)
 
 
@@ -286,19 +290,27 @@ def complete_line(raw: bytes) -> dict[str, Any] | None:
 def embed_part(
     encoder: Encoder,
     rows: Sequence[Record],
+    ids: Sequence[str],
     batch_size: int,
     workers: int,
     on_progress: Callable[[int], object],
 ) -> tuple[NDArray[np.float32], list[tuple[int, BadImage]]]:
-    """Vectors of the readable rows in order, and the others with their positions."""
+    """Vectors of the usable rows in order, and the others with their positions: unreadable, or no id."""
+    problems = [id_problem(id) for id in ids]
+    nameless = [
+        (row, BadImage(repr(str(rows[row].path)), problem)) for row, problem in enumerate(problems) if problem
+    ]
+    named = np.array([row for row, problem in enumerate(problems) if problem is None], np.int64)
     listed: list[BadImage] = []
     vectors, kept = [np.empty((0, encoder.dim), np.float32)], [np.empty(0, np.int64)]
-    for batch in encoder.embed_stream(rows, batch_size=batch_size, workers=workers, bad=listed):
+    chosen = [rows[row] for row in named]
+    for batch in encoder.embed_stream(chosen, batch_size=batch_size, workers=workers, bad=listed):
         vectors.append(batch.vectors)
-        kept.append(batch.indices)
-        on_progress(int(batch.indices[-1]) + 1)
-    missing = np.setdiff1d(np.arange(len(rows)), np.concatenate(kept))
-    return np.concatenate(vectors), [(int(row), one) for row, one in zip(missing, listed, strict=True)]
+        kept.append(named[batch.indices])
+        on_progress(int(kept[-1][-1]) + 1)
+    missing = np.setdiff1d(named, np.concatenate(kept))
+    unread = [(int(row), one) for row, one in zip(missing, listed, strict=True)]
+    return np.concatenate(vectors), sorted([*nameless, *unread], key=lambda entry: entry[0])
 
 
 def require_few(journal: Journal, share: float) -> None:
@@ -306,11 +318,16 @@ def require_few(journal: Journal, share: float) -> None:
     check_share([one for _, one in journal.bad], journal.total, share, option="--max-bad-share")
 
 
-def finish(out: Path, table: ImageTable, journal: Journal, manifest: Mapping[str, Any]) -> None:
+def finish(
+    out: Path,
+    table: ImageTable,
+    names: Sequence[tuple[str, str]],
+    journal: Journal,
+    manifest: Mapping[str, Any],
+) -> None:
     """Join the parts, and only then say that the folder is complete."""
     bad = [one for _, one in journal.bad]
     count = len(table.records) - len(bad)
-    names = item_names(table)
     write_aside(out / "bad_images.csv", lambda aside: write_rows(aside, ("path", "reason"), bad_rows(bad)))
     if manifest["stored_as"] == "npy":
         write_aside(out / "vectors.npy", lambda aside: join_arrays(aside, journal, (count, manifest["dim"])))
