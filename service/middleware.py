@@ -1,4 +1,4 @@
-"""What wraps every request: its id, its path, the size guard, security headers, log line and count."""
+"""What wraps every request: its id, path, guards of host and size, security headers, log line and count."""
 
 import re
 import time
@@ -11,6 +11,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.hosts import check_host
 from service.metrics import Metrics
 from service.problems import Problem, problem_of, respond
 from service.settings import Settings
@@ -55,6 +56,7 @@ class Envelope:
 
         try:
             scope["path"] = single_segments(scope)
+            check_host(headers.getlist("host"), self.settings.allow_hosts)
             guard = BodyGuard(receive, headers, limit=self.settings.max_body_bytes)
             await self.app(scope, guard, send_marked)
         except Exception as error:

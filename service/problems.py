@@ -126,6 +126,12 @@ CATALOGUE: dict[str, Kind] = {
             "Send JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF; for bodies, the Content-Type named in the answer.",
         ),
         Kind(
+            "misdirected-request", 421, "Not a name of this service",
+            "The request was sent to a name (Host) that this service does not go by. A web page that gives"
+            " its own name the address of this machine would look like this, so only known names are answered.",
+            "Use the address that dml serve printed, or have the name added with --allow-host NAME.",
+        ),
+        Kind(
             "invalid-request", 422, "A field is wrong",
             "The request can be read, but a field is missing, unknown, of another type or out of range.",
             "'errors' names each field by its JSON Pointer.",

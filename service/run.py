@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -47,6 +48,7 @@ def serve(
         CollectionError, EncoderError: what is to be served cannot be opened.
     """
     settings = settings or Settings()
+    settings = replace(settings, allow_hosts=hosts_of(host, settings.allow_hosts))
     check_address(host, insecure=insecure)
     check_paths(paths)
     configure_logs(settings)
@@ -107,6 +109,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def hosts_of(host: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    """The names to answer to when listening on `host`; none: every name.
+
+    On a loopback address the operator's browser is what strangers could reach the service through, so names
+    are always checked there. On a public address others give the service its names; `allowed` tells which.
+    """
+    if not allowed and not is_loopback(host):
+        return ()
+    bare = host.strip("[]")
+    return (*allowed, *(() if bare in ("", "0.0.0.0", "::") else (bare,)))
 
 
 def check_paths(paths: Sequence[Path]) -> None:

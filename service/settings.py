@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dml.errors import ConfigError
+from service.hosts import check_name
 
 MEBIBYTE = 1024 * 1024
 
@@ -51,6 +52,9 @@ class Settings:
     """A request that has not been answered by then is answered 504."""
     max_batch: int = 16
     """Pictures the encoder takes at once when several requests are waiting for it."""
+    allow_hosts: tuple[str, ...] = ()
+    """Names that the service answers to besides 127.0.0.1, localhost and [::1]; none: whatever Host says. On
+    a loopback address `dml serve` adds that address, so that no other name is answered to."""
     read_only: bool = False
     """Refuse every write with 403."""
     log_format: Literal["auto", "plain", "json"] = "auto"
@@ -65,5 +69,6 @@ class Settings:
                 and name != "queue"
             ):
                 raise ConfigError(f"the service setting {name} must be above 0, got {value}")
+        object.__setattr__(self, "allow_hosts", tuple(check_name(name) for name in self.allow_hosts))
         if self.queue < 0:
             raise ConfigError(f"the service setting queue must be at least 0, got {self.queue}")

@@ -3,7 +3,10 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import quote
 
 import httpx
@@ -440,6 +443,14 @@ def test_openapi_describes_every_route_with_bodies_and_problems(http):
         "/SearchRequest"
     )
     assert "application/problem+json" in operation["responses"]["422"]["content"]
+
+
+def test_the_published_openapi_document_is_that_of_the_service(http):
+    published = (Path(__file__).parent.parent / "docs" / "openapi.json").read_text(encoding="utf-8")
+    renew = "renew it: python -m service.openapi > docs/openapi.json"
+    assert json.loads(published) == http.get("/openapi.json").json(), renew
+    command = [sys.executable, "-m", "service.openapi"]
+    assert subprocess.run(command, capture_output=True, check=True).stdout.decode() == published, renew
 
 
 def test_every_problem_type_has_a_page(http):

@@ -28,7 +28,9 @@ from dml.errors import (
 )
 from service.batching import Batcher, Budget, DeadlineExceeded, QueueFull, WorkerPool
 from service.engine import Engine, Query, Search, unit
+from service.hosts import check_host
 from service.pictures import media_type
+from service.problems import Problem
 from service.settings import Settings
 
 
@@ -234,6 +236,33 @@ def test_a_wrong_dimension_is_told_with_both_numbers():
 def test_limits_that_let_nothing_through_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Settings(**wrong)
+
+
+@pytest.mark.parametrize(
+    "name", ["a:80", "cafe:80", "[::1]:80", "http://a", "a/b", "a b", "*", "*.a", "", "."]
+)
+def test_a_host_to_allow_is_a_bare_name(name):
+    with pytest.raises(ConfigError, match="bare name"):
+        Settings(allow_hosts=(name,))
+
+
+def test_hosts_are_compared_without_port_and_case():
+    allowed = Settings(allow_hosts=("Photos.Example.", "[2001:DB8::1]", "10.0.0.1")).allow_hosts
+    for host in (
+        "photos.example",
+        "PHOTOS.example.:443",
+        "[2001:db8::1]:8",
+        "10.0.0.1:",
+        "127.0.0.1",
+        "[::1]",
+    ):
+        check_host([host], allowed)
+    for hosts in (["photos.example.evil"], ["a@photos.example"], ["photos.example:80:80"], [], ["", ""]):
+        with pytest.raises(Problem, match="421"):
+            check_host(hosts, allowed)
+        check_host(hosts, ())
+    with pytest.raises(Problem, match="421"):
+        check_host(["localhost", "localhost"], allowed)
 
 
 def test_kinds_of_pictures_are_told_by_their_first_bytes():

@@ -173,6 +173,51 @@ def test_loopback_needs_no_permission(host):
     run.check_address(host, insecure=False)
 
 
+@pytest.mark.parametrize(
+    ("host", "allowed", "names"),
+    [
+        ("127.0.0.1", (), {"127.0.0.1"}),
+        ("[::1]", ("photos.lan",), {"::1", "photos.lan"}),
+        ("127.8.8.8", (), {"127.8.8.8"}),
+        ("0.0.0.0", (), set()),
+        ("example.org", (), set()),
+        ("0.0.0.0", ("photos.lan",), {"photos.lan"}),
+        ("192.0.2.1", ("photos.lan",), {"photos.lan", "192.0.2.1"}),
+    ],
+)
+def test_names_are_checked_on_loopback_and_where_some_are_given(host, allowed, names):
+    assert set(run.hosts_of(host, allowed)) == names
+
+
+def test_a_page_with_a_name_of_its_own_cannot_reach_a_service_on_loopback(tmp_path):
+    colour_collection(tmp_path / "colours", pictures=1).close()
+    with serving(str(tmp_path / "colours"), "--allow-host", "photos.lan", "--allow-host", "b") as (
+        _,
+        address,
+    ):
+
+        def ask(host: str, path: str = "/v1/collections") -> httpx.Response:
+            return httpx.get(address + path, headers={"Host": host})
+
+        port = httpx.URL(address).port
+        for host in (f"127.0.0.1:{port}", "localhost", "[::1]:1", "LOCALHOST:99", "photos.lan:80", "b"):
+            assert ask(host).status_code == 200, host
+        for host in ("evil.example", f"127.0.0.1.evil.example:{port}", "localhost.evil.example", "", "[::2]"):
+            refused = ask(host)
+            assert refused.status_code == 421, host
+            assert refused.json()["type"] == "/problems/misdirected-request"
+        assert httpx.get(f"{address}/problems/misdirected-request").status_code == 200
+        for path in ("/", "/livez", "/openapi.json", "/metrics"):
+            assert ask("evil.example", path).status_code == 421
+        assert (
+            httpx.delete(
+                f"{address}/v1/collections/colours/items/red%2F0", headers={"Host": "evil.example"}
+            ).status_code
+            == 421
+        )
+        assert httpx.get(f"{address}/v1/collections/colours/items/red%2F0").status_code == 200
+
+
 def test_refusals_are_one_message_and_exit_codes(tmp_path):
     colour_collection(tmp_path / "colours", pictures=1).close()
     (tmp_path / "folder").mkdir()
@@ -181,6 +226,7 @@ def test_refusals_are_one_message_and_exit_codes(tmp_path):
         ([str(tmp_path / "nowhere")], 1, "There is no collection folder"),
         ([str(tmp_path / "folder")], 1, "folder"),
         ([str(tmp_path / "colours"), "--runtime", "abacus"], 2, "abacus"),
+        ([str(tmp_path / "colours"), "--allow-host", "http://a.b/"], 2, "bare name"),
     ):
         done = dml("serve", *arguments, "--port", "0")
         assert done.returncode == code, done.stderr

@@ -17,6 +17,13 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an address that other machines reach, without keys.")
     ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name to be called by (Host), besides 127.0.0.1 and localhost; may be repeated.",
+        ),
+    ] = None,
     log_format: Annotated[str, typer.Option(help="auto, plain or json.")] = "auto",
 ) -> None:
     """Serve collections: a search page, a REST API (/openapi.json), metrics, until Ctrl-C.
@@ -47,6 +54,10 @@ def serve(
         port=port,
         runtime=runtime,
         insecure=insecure,
-        settings=Settings(read_only=read_only, log_format=log_format),  # type: ignore[arg-type]
+        settings=Settings(
+            allow_hosts=tuple(allow_host or ()),
+            read_only=read_only,
+            log_format=log_format,  # type: ignore[arg-type]
+        ),
         announce=typer.echo,
     )
