@@ -114,6 +114,7 @@ def test_a_folder_becomes_a_collection_that_finds_its_pictures(tiny_folder, tiny
         assert there.name == "shop"
         [item] = there.get(["class_3/5.jpg"])
         assert item.label == "class_3"
+        assert item.picture is not None
         assert item.picture.kind == "referenced"
         assert there.picture(item.id) == (tiny_folder / "class_3" / "5.jpg").read_bytes()
         vector = encoder.embed([tiny_folder / "class_3" / "5.jpg"])

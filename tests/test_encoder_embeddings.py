@@ -222,7 +222,7 @@ def test_file_names_that_can_be_no_id_are_skipped_and_listed(
     folder.mkdir()
     for number in range(3):
         draw(number).save(folder / f"{number}.png")
-    shutil.copy(folder / "0.png", os.fsencode(folder) + b"/1latin\xff.png")
+    shutil.copy(folder / "0.png", folder / os.fsdecode(b"1latin\xff.png"))
     shutil.copy(folder / "0.png", folder / "two\nlines.png")
     result = embed_table(encoder, open_table(folder), tmp_path / "v", format=format, max_bad_share=0.5)
     assert [item.id for item in result.items] == ["0.png", "1.png", "2.png"]
