@@ -128,7 +128,7 @@ CATALOGUE: dict[str, Kind] = {
         Kind(
             "misdirected-request", 421, "Not a name of this service",
             "The request was sent to a name (Host) that this service does not go by. A web page that gives"
-            " its own name the address of this machine would look like this, so only known names are answered.",
+            " its own name the address of this machine looks like this, so only known names are answered.",
             "Use the address that dml serve printed, or have the name added with --allow-host NAME.",
         ),
         Kind(
