@@ -75,7 +75,7 @@ class DataConfig:
     memory_gb: float = 2.0
     """Decoded training pictures are kept in memory as uint8 when they fit in this many gigabytes."""
     workers: int = 2
-    """Processes that decode pictures when they are not kept in memory."""
+    """Processes that decode pictures when they are not kept in memory; 0: none beside the one that trains."""
 
     def __post_init__(self) -> None:
         for name in ("validation_share", "test_share"):
@@ -91,8 +91,7 @@ class DataConfig:
             raise ValueError(f"image_size must be at least 16 pixels, got {self.image_size}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}")
-        at_least(self, 0, "memory_gb", "split_seed")
-        at_least(self, 1, "workers")
+        at_least(self, 0, "memory_gb", "split_seed", "workers")
 
 
 @dataclass(frozen=True)

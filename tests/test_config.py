@@ -68,7 +68,7 @@ def test_every_problem_is_named_at_once() -> None:
         ({"train": {"steps_per_epoch": -1}}, "steps_per_epoch must be at least 0"),
         ({"train": {"weight_decay": float("nan")}}, "weight_decay must be at least 0, got nan"),
         ({"train": {"momentum": 2}}, "momentum must be between 0 and 1"),
-        ({"data": {"workers": 0}}, "workers must be at least 1"),
+        ({"data": {"workers": -1}}, "workers must be at least 0"),
         ({"data": {"validation_share": 1.0}}, "between 0 and 1"),
         ({"data": {"validation_share": 0.6, "test_share": 0.5}}, "leave nothing to train on"),
         ({"model": {"pretrained": True, "weights": "a.safetensors"}}, "either pretrained"),

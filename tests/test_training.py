@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 
 from dml.config import Recipe, load_recipe, recipe_names
 from dml.encoder import Encoder
-from dml.errors import ConfigError, DataError, StorageError, TrainingDiverged
-from dml.training.checkpoint import Standing, load_checkpoint, save_checkpoint, write_aside
+from dml.errors import ConfigError, DataError, TrainingDiverged
+from dml.training.checkpoint import Standing, load_checkpoint, save_checkpoint
 from dml.training.loop import Step, learning_rate_schedule
 from dml.training.run import Evaluated, Finished, Started, train, train_final
 
@@ -334,18 +334,23 @@ def test_a_checkpoint_brings_weights_optimiser_and_progress_back(tmp_path: Path)
     assert second.state_dict()["state"][0]["step"] == 1
 
 
-def test_a_full_disk_leaves_the_old_file_in_place(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def full(aside: Path) -> None:
-        aside.write_text("ha")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(StorageError, match="No space left.*unchanged"):
-        write_aside(path, full)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("room", [20, 3_000, 300_000])
+def test_a_full_disk_ends_training_with_one_message(room: int, tiny_folder: Path, tmp_path: Path) -> None:
+    """No file may grow beyond `room` bytes: the description, the log, the weights hit the limit in turn."""
+    code = (
+        "import resource, signal, sys\n"
+        "from dml.cli.main import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, "train", str(tiny_folder), "--out", str(tmp_path / "run")]
+    for key, value in SMALL.items():
+        command += ["--set", f"{key}={value}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_learning_rate_rises_then_falls() -> None:

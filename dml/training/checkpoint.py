@@ -13,7 +13,6 @@ from torch import nn
 
 from dml.errors import ConfigError, DataError
 from dml.storage import opened_aside
-from dml.storage import write_aside as write_aside
 
 FORMAT = 1
 

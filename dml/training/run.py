@@ -15,13 +15,14 @@ A run folder holds::
 import csv
 import fcntl
 import hashlib
+import io
 import json
 import math
 import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -46,7 +47,8 @@ from dml.errors import ConfigError, DataError, TrainingDiverged
 from dml.imaging import BadImage
 from dml.metrics import RetrievalMetrics, retrieval_metrics
 from dml.models import build_model
-from dml.training.checkpoint import Standing, load_checkpoint, save_checkpoint, write_aside
+from dml.storage import storage_errors, write_aside
+from dml.training.checkpoint import Standing, load_checkpoint, save_checkpoint
 from dml.training.loop import Learner, Step, learning_rate_schedule, make_optimizer, steps
 from dml.training.supervised import build_objective
 
@@ -333,13 +335,21 @@ class Fit:
 
     def write_description(self) -> None:
         """Everything that says what this run is, before its first step."""
-        (self.out / "recipe.toml").write_text(tomli_w.dumps(recipe_tree(self.recipe)))
-        (self.out / "splits.json").write_text(self.splits.to_json())
-        (self.out / "environment.json").write_text(json.dumps(environment(self.fabric.device), indent=1))
-        with (self.out / "bad_images.csv").open("w", newline="") as handle:
-            rows = csv.writer(handle)
-            rows.writerow(["path", "reason"])
-            rows.writerows((b.path, b.reason) for b in self.bad)
+        texts = {
+            "recipe.toml": tomli_w.dumps(recipe_tree(self.recipe)),
+            "splits.json": self.splits.to_json(),
+            "environment.json": json.dumps(environment(self.fabric.device), indent=1),
+            "bad_images.csv": csv_text([("path", "reason"), *((b.path, b.reason) for b in self.bad)]),
+        }
+        for name, text in texts.items():
+            write_aside(self.out / name, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+
+
+def csv_text(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as the text of a CSV file."""
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    return out.getvalue()
 
 
 class Validation:
@@ -378,47 +388,58 @@ class Validation:
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, side by side. What lies behind the resumed checkpoint is dropped."""
+    """metrics.jsonl and TensorBoard, side by side. What lies behind the resumed checkpoint is dropped.
+
+    Raises:
+        StorageError: from every method, when the disk is full or refuses.
+    """
 
     def __init__(self, out: Path, *, keep_up_to: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        path = out / "metrics.jsonl"
+        self.path = out / "metrics.jsonl"
         kept = []
-        if keep_up_to and path.exists():
-            kept = [line for line in path.read_text().splitlines() if whole_line_up_to(line, keep_up_to)]
-        write_aside(path, lambda aside: aside.write_text("".join(line + "\n" for line in kept)))
-        self.lines = path.open("a")
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=keep_up_to + 1)
+        if keep_up_to and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if whole_line_up_to(line, keep_up_to)]
+        write_aside(self.path, lambda aside: aside.write_text("".join(line + "\n" for line in kept)))
+        with self.guarded():
+            self.lines = self.path.open("a")
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=keep_up_to + 1)
+
+    def guarded(self) -> AbstractContextManager[None]:
+        return storage_errors(self.path, intact="The run's last checkpoint is whole.")
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.lines.close()
-        self.board.close()
+        with self.guarded(), self.lines:
+            self.board.close()
 
     def step(self, step: Step, seconds: float) -> None:
         terms = {name: round(float(term), 6) for name, term in step.terms.items()}
-        self.write(
-            {"step": step.number, "epoch": step.epoch, "learning_rate": step.learning_rate, **terms}, seconds
-        )
-        for name, value in terms.items():
-            self.board.add_scalar(f"train/{name}", value, step.number)
-        self.board.add_scalar("train/learning_rate", step.learning_rate, step.number)
+        rate = step.learning_rate
+        self.write({"step": step.number, "epoch": step.epoch, "learning_rate": rate, **terms}, seconds)
+        self.draw("train", {**terms, "learning_rate": rate}, step)
 
     def evaluation(self, step: Step, figures: dict[str, float], seconds: float) -> None:
         self.write({"step": step.number, "epoch": step.epoch, "validation": figures}, seconds)
-        for name, value in figures.items():
-            self.board.add_scalar(f"validation/{name}", value, step.number)
-        self.lines.flush()
+        self.draw("validation", figures, step)
+        self.flush()
 
     def flush(self) -> None:
         """Before a checkpoint: what it keeps must be in the log too."""
-        self.lines.flush()
+        with self.guarded():
+            self.lines.flush()
 
     def write(self, entry: dict[str, Any], seconds: float) -> None:
-        self.lines.write(json.dumps({**entry, "seconds": round(seconds, 3)}) + "\n")
+        with self.guarded():
+            self.lines.write(json.dumps({**entry, "seconds": round(seconds, 3)}) + "\n")
+
+    def draw(self, group: str, values: Mapping[str, float], step: Step) -> None:
+        with self.guarded():
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, step.number)
 
 
 def whole_line_up_to(line: str, step: int) -> bool:
