@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import structlog
+from PIL import Image
 from serving import colour_collection, running
 from test_service_engine import make_collection
 
@@ -131,6 +132,38 @@ print(heavy)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak memory from /proc")
+def test_many_large_uploads_take_no_more_memory_than_is_let_in(tmp_path):
+    """Sixteen threads, pictures of nine million pixels, of which two fit at a time: 12 bytes for a pixel."""
+    script = f"""
+import re, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from serving import ColourEncoder, encoded
+from PIL import Image
+from service.engine import Engine
+from service.run import give_back_large_blocks
+from service.settings import Settings
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+give_back_large_blocks()
+engine = Engine({{}}, [ColourEncoder()], settings=Settings(max_pixels_in_flight=20_000_000))
+upload = Path({str(tmp_path / "large.png")!r}).read_bytes()
+before = peak()
+with ThreadPoolExecutor(16) as pool:
+    list(pool.map(lambda _: engine.embed([upload]), range(16)))
+print((peak() - before) / 20_000_000)
+engine.close()
+"""
+    Image.new("LA", (3000, 3000), (90, 200)).save(tmp_path / "large.png")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert 2 < float(done.stdout) < 12, done.stdout
 
 
 @pytest.mark.parametrize("log_format", ["plain", "json"])
