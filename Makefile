@@ -14,7 +14,7 @@ PORT   ?= 8000
 EXTRAS := train,cpu,serve,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-long soak lint format types licences lock clean
+.PHONY: help env demo test test-long soak lint format types licences lock openapi clean
 
 help:
 	@echo "make demo [DATA=folder] [SERVE=0] [PORT=8000] [OUT=folder]   from pictures to a search page"
@@ -23,6 +23,7 @@ help:
 	@echo "make soak          the same tests with very large counts (hours)"
 	@echo "make lint types licences   what CI checks besides the tests"
 	@echo "make env [TORCH=cpu|auto]  only the environment in $(VENV)"
+	@echo "make openapi       renew docs/openapi.json"
 	@echo "make lock          renew requirements.txt"
 
 env: $(VENV)/.ready
@@ -71,6 +72,9 @@ lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --extra train --extra cpu --extra serve --extra dev \
 	  -o requirements.txt pyproject.toml
+
+openapi: env
+	$(BIN)/python -m service.openapi > docs/openapi.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -184,6 +184,7 @@ class Engine:
             UsageError: two collections of one name.
         """
         from dml.collection import open_collection
+        from dml.collection.place import recover
         from dml.encoder import Encoder
 
         settings = settings or Settings()
@@ -191,6 +192,9 @@ class Engine:
         encoders: dict[str, ImageEncoder] = {}
         try:
             for path in paths:
+                recover(
+                    path
+                )  # a collection that a killed build left half replaced, before its encoder is read
                 folder = path / "encoder"
                 encoder = Encoder.load(folder, runtime=runtime) if folder.is_dir() else None
                 collection = open_collection(
