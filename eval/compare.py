@@ -122,7 +122,7 @@ def trained(recipe: Recipe, out: Path) -> Encoder:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Mean over the seeds, and the range where there are several."""
-    lines = [f"{'row':<22}{'seeds':>6}{'validation R@1':>18}{'test R@1':>18}{'test MAP@R':>18}{'seconds':>9}"]
+    lines = [f"{'row':<20}{'seeds':>6}{'validation R@1':>22}{'test R@1':>22}{'test MAP@R':>22}{'seconds':>9}"]
     for row in dict.fromkeys(r["row"] for r in results):
         own = [r for r in results if r["row"] == row]
         cells = [
@@ -131,7 +131,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         ]
         seconds = np.mean([r["seconds"] for r in own])
         lines.append(
-            f"{row:<22}{len(own):>6}" + "".join(f"{cell:>18}" for cell in cells) + f"{seconds:>9.0f}"
+            f"{row:<20}{len(own):>6}" + "".join(f"{cell:>22}" for cell in cells) + f"{seconds:>9.0f}"
         )
     return "\n".join(lines)
 
