@@ -99,7 +99,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]
     """Run a recipe, yielding what happens; leave the run folder `out` behind.
 
     Stopping the iteration early loses nothing that a checkpoint has seen; with `resume` the next call goes
-    on from it and gives, on the same machine's CPU, the same numbers as a run that was never stopped.
+    on from it and gives, on the same CPU with as many threads, the numbers of a run that was never stopped.
 
     Raises:
         ConfigError: `out` holds another run, or parts of the recipe do not fit together.
