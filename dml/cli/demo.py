@@ -1,6 +1,7 @@
 """`dml demo`: the whole way in one command, on drawn pictures or on the user's own."""
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,32 +43,30 @@ def demo(
     source = data or str(draw(folder / "pictures", console))
     run, collection, report = folder / "run", folder / "collection", folder / "report.html"
 
-    say(console, f"dml train {source} --recipe {recipe} --out {run} --resume auto")
+    say(console, "train", source, "--recipe", recipe, "--out", run, "--resume", "auto")
     train_step(source, recipe, run, overrides or [])
 
     from dml.cli.index import build
 
-    say(console, f"dml index build {source} --encoder {run} --out {collection} --overwrite")
+    say(console, "index", "build", source, "--encoder", run, "--out", collection, "--overwrite")
     build(source, encoder=run, out=collection, overwrite=True, name=folder.name)
 
-    page = f"dml serve {collection} --port {port if serve else 0}"
-    say(console, page)
     command = ["serve", str(collection), "--port", str(port if serve else 0)]
+    say(console, *command)
     with running(command, log=folder / "service.log") as (service, address):
         console.print(f"Search page: {address}", highlight=False)
 
         from dml.cli.eval import eval as measure
 
-        say(console, f"dml eval {run} --collection {collection} --url {address} --report {report}")
+        say(console, "eval", run, "--collection", collection, "--url", address, "--report", report)
         measure(run, collection=collection, url=address, report=report)
 
-        console.print(f"\nReport: {report}", highlight=False)
         if serve:
             console.print(f"[bold]Search page: {address}[/bold]   (Ctrl-C ends it)", highlight=False)
             with suppress(KeyboardInterrupt):  # the usual way to end it
                 service.wait()
             return
-    console.print(f"Search page: dml serve {collection}", highlight=False)
+    say(console, "serve", collection)
 
 
 @contextmanager
@@ -97,9 +96,11 @@ def running(arguments: list[str], *, log: Path) -> Iterator[tuple[subprocess.Pop
         service.wait()
 
 
-def say(console, command: str) -> None:
-    """Show the command that the next step is."""
-    console.print(f"\n[bold]$ {command}[/bold]", highlight=False)
+def say(console, *words: object) -> None:
+    """Show the command that the next step is, as it can be typed."""
+    console.print(
+        f"\n$ dml {shlex.join(map(str, words))}", style="bold", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def draw(folder: Path, console) -> Path:
@@ -108,7 +109,7 @@ def draw(folder: Path, console) -> Path:
 
     from dml.data.demo import draw_demo
 
-    say(console, f"dml data demo {folder}")
+    say(console, "data", "demo", folder)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("drawing", total=None)
         return draw_demo(folder, progress=lambda done, total: bar.update(task, completed=done, total=total))
