@@ -1,7 +1,7 @@
 """What our commands set for their own process before anything heavy is loaded.
 
-Only entry points call this (`dml`, `python -m eval.…`, the service): importing the library changes nothing.
-A variable that the user has set stays as it is.
+Only entry points call this (`dml`, the service with it, and `python -m eval.compare`): importing the library
+changes nothing. A variable that the user has set stays as it is.
 """
 
 import os

@@ -83,9 +83,9 @@ def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dml.training.loop import Step
-    from dml.training.run import Evaluated, Finished, Started, train, train_final, with_source
+    from dml.training.run import Evaluated, Finished, Started, check_source, train, train_final
 
-    settings = with_source(settings, "")
+    check_source(settings)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

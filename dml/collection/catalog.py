@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from dml.collection.base import Item, PayloadTooLarge, Picture
 from dml.errors import CollectionError, DamagedFile, StorageError
 from dml.index.base import Ids, Vectors
-from dml.index.file import sync_folder
+from dml.storage import flush_to_disk
 
 VERSION = 1
 """Format of the catalogue, kept in SQLite's user_version."""
@@ -115,7 +115,7 @@ class Catalog:
             finally:
                 connection.close()
         try:
-            sync_folder(path.parent)
+            flush_to_disk(path.parent)
         except OSError as error:
             raise StorageError(f"{path} could not be written: {error.strerror or error}") from error
         return cls(path, dim=dim)
@@ -483,7 +483,7 @@ def migrate(path: Path) -> bool:
         kept.unlink(missing_ok=True)
         os.link(path, kept)  # the old one stays beside the new one
         os.replace(aside, path)
-        sync_folder(path.parent)
+        flush_to_disk(path.parent)
     except OSError as error:
         raise StorageError(f"{path} could not be migrated: {error.strerror or error}") from error
     return True

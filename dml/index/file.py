@@ -18,8 +18,6 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from dml.errors import DamagedFile
-from dml.storage import ASIDE as ASIDE
-from dml.storage import flush_to_disk as sync_folder  # noqa: F401  under the name that collections know
 from dml.storage import opened_aside
 
 MAGIC = b"DMLINDEX"

@@ -23,7 +23,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -524,8 +524,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def with_source(recipe: Recipe, source: str) -> Recipe:
-    """The recipe for the data given on the command line."""
-    if not source and not recipe.data.source:
+def check_source(recipe: Recipe) -> None:
+    """Raises DataError: neither the recipe nor the command line says which pictures."""
+    if not recipe.data.source:
         raise DataError("No data: give a folder, a manifest or the name of a data set (dml list datasets).")
-    return recipe if not source else replace(recipe, data=replace(recipe.data, source=source))
