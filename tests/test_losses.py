@@ -18,7 +18,8 @@ from dml.losses import (
     TripletLoss,
     build_loss,
 )
-from dml.losses.pairs import compare, cosine, distance, soft_total, unit_rows
+from dml.losses.kernel import distance, distance_slope, weigh_odds
+from dml.losses.pairs import Relations, relate, unit_rows
 from dml.training.supervised import adapt
 
 
@@ -258,31 +259,74 @@ def test_unit_rows_is_exact_and_leaves_zeros_alone():
 
 
 def test_distances_of_equal_rows_are_exactly_zero():
-    rows = F.normalize(torch.randn(40, 128)).requires_grad_()
-    d = distance(cosine(rows))
+    rows = F.normalize(torch.randn(40, 128))
+    d = distance(rows @ rows.T)
     assert (d.diagonal() == 0).all()
-    d.sum().backward()
-    assert rows.grad.isfinite().all()
+    assert (distance_slope(d).diagonal() == 0).all()
+    similarity = torch.tensor([-1.0, 0.0, 0.5, float("-inf")], dtype=torch.float64, requires_grad=True)
+    distance(similarity)[:3].sum().backward()
+    torch.testing.assert_close(distance_slope(distance(similarity.detach()))[:3], similarity.grad[:3])
+    assert distance(similarity)[3] == float("inf")
+    assert distance_slope(distance(similarity))[3] == 0
 
 
-def test_soft_total_does_not_overflow():
-    logits = torch.tensor([[5000.0, 4999.0], [-5000.0, -1.0], [1.0, 1.0]])
-    keep = torch.tensor([[True, True], [True, False], [False, False]])
+def test_odds_are_weighed_without_overflow():
+    kept = torch.tensor([[True, True], [True, False], [False, False]])
+    given = torch.tensor([[5000.0, 4999.0], [-5000.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    given = given.masked_fill(~kept, float("-inf"))
     expected = [5000 + math.log(1 + math.exp(-1)), 0.0, 0.0]
-    torch.testing.assert_close(soft_total(logits, keep), torch.tensor(expected))
+    weights = given.clone()
+    values = weigh_odds(weights, given.amax(dim=1))
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(weights[0], given[0].softmax(0))
+    assert not weights[1:].any()
+
+
+def positives_of(labels, ids=None):
+    kin = Relations(labels, None, ids, None).of(slice(0, len(labels)))
+    mask = torch.zeros(len(labels), len(labels), dtype=torch.int64)
+    return mask.scatter_add(1, kin.positive.columns, kin.positive.there.long()).tolist(), kin
 
 
 def test_images_with_several_labels_are_positive_when_they_share_one():
-    labels = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0]])
-    pairs = compare(torch.randn(4, 3), labels)
-    expected = [[0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
-    assert pairs.positive.int().tolist() == expected
-    assert pairs.negative.sum() == 16 - 4 - 6
+    labels = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0], [0, 0, 0]])
+    positives, kin = positives_of(labels)
+    assert positives == [[0, 1, 0, 1, 0], [1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert kin.negatives.tolist() == [2, 2, 3, 3, 4]
 
 
 def test_rows_of_one_image_repeated_in_a_batch_are_no_pairs():
-    pairs = compare(torch.randn(3, 4), torch.tensor([0, 0, 0]), ids=torch.tensor([5, 5, 6]))
-    assert pairs.positive.int().tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
+    positives, kin = positives_of(torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 6, 6]))
+    assert positives == [[0, 0, 1, 0], [0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert kin.negatives.tolist() == [1, 1, 0, 2]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["class ids", "multi-hot"])
+def test_blocks_know_the_same_pairs_as_the_whole_masks(several, scale):
+    for seed in range(20 * scale):
+        draw = torch.Generator().manual_seed(seed)
+
+        def whole(high, *shape, draw=draw):
+            return torch.randint(high, shape, generator=draw)
+
+        b, n = int(whole(9, 1)) + 1, int(whole(30, 1)) + 1
+        alone, with_ids = bool(whole(2, 1)), bool(whole(2, 1))
+        n = b if alone else n
+        labels = whole(2, b, 4) if several else whole(5, b)
+        ref_labels = None if alone else whole(2, n, 4) if several else whole(5, n)
+        ids = whole(12, b) if with_ids else None
+        ref_ids = whole(12, n) if with_ids and not alone else None
+        positive, negative, _ = relate(labels, ref_labels, ids, ref_ids)
+        start = int(whole(b, 1))
+        kin = Relations(labels, ref_labels, ids, ref_ids).of(slice(start, b))
+        found = torch.zeros(b - start, n, dtype=torch.int64)
+        found.scatter_add_(1, kin.positive.columns, kin.positive.there.long())
+        assert torch.equal(found.bool(), positive[start:])
+        assert found.max() <= 1
+        others = torch.ones_like(found, dtype=torch.bool)
+        others[kin.excluded] = False
+        assert torch.equal(others, negative[start:])
+        assert torch.equal(kin.negatives, negative[start:].sum(1))
 
 
 # -------- values by hand

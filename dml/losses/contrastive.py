@@ -1,13 +1,15 @@
 """Contrastive loss: positives closer than one margin, negatives farther than another."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from dml.losses.pairs import IndicesTuple, compare, count, distance, mean_over_batch
+from dml.losses.kernel import Block, Blocks, Charge, PairLoss, distance, distance_slope
+from dml.losses.pairs import Padded
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(PairLoss):
     """Charge each pair for what it lacks to its margin.
 
     With Euclidean distances d of unit vectors (`measure="euclidean"`)::
@@ -30,13 +32,8 @@ class ContrastiveLoss(nn.Module):
     Well-known settings: (0, 1, "euclidean", "active") is pytorch-metric-learning's default;
     (0.8, 0.5, "cosine", "anchors") is the one that IAA was published with.
 
-    Shapes:
-        embeddings: (B, D) float; rows need not be unit length.
-        labels: (B,) class ids, or (B, C) multi-hot for several labels per image.
-        indices_tuple: a miner's pairs or triplets instead of all pairs; one chosen twice counts twice.
-        ref_emb, ref_labels: the whole candidate set, (N, D) and (N,) or (N, C); None: the batch.
-        ids, ref_ids: (B,) and (N,) image ids; a candidate with the anchor's id is never its pair.
-        returns: () float, at least 0.
+    Call and shapes: see `PairLoss`; a miner's pairs go instead of all pairs, and one chosen twice counts
+    twice.
 
     Raises:
         ValueError: for an unknown measure or average, margins out of range, or shapes that do not match.
@@ -44,9 +41,6 @@ class ContrastiveLoss(nn.Module):
     Source: Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006 (there
     squared); this linear form and its averages as in pytorch-metric-learning.
     """
-
-    takes = "unit"
-    candidates = True
 
     def __init__(
         self,
@@ -69,30 +63,53 @@ class ContrastiveLoss(nn.Module):
         self.positive_margin, self.negative_margin = positive_margin, negative_margin
         self.measure, self.average = measure, average
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        ids: Tensor | None = None,
-        ref_ids: Tensor | None = None,
-    ) -> Tensor:
-        pairs = compare(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids)
-        near, far = pairs.positive, pairs.negative
-        if indices_tuple is not None:
-            near, far = count(pairs, indices_tuple)
-        if self.measure == "cosine":
-            lacks, exceeds = self.positive_margin - pairs.similarity, pairs.similarity - self.negative_margin
-        else:
-            d = distance(pairs.similarity)
-            lacks, exceeds = d - self.positive_margin, self.negative_margin - d
-        pull, push = lacks.relu() * near, exceeds.relu() * far
+    def prepare(self, blocks: Blocks) -> tuple[float, float]:
+        """What a pull and a push count for: the batch size over the number of active ones, or 1."""
         if self.average == "anchors":
-            return mean_over_batch(pull + push, len(embeddings))
-        return mean_of_active(pull, near) + mean_of_active(push, far)
+            return 1.0, 1.0
+        active = [0, 0]
+        for block in blocks:
+            for kind, charges in enumerate(self.charges(block)):
+                active[kind] += int((charges.values > 0).sum())
+        pulls, pushes = (len(blocks.anchors) / max(count, 1) for count in active)
+        return pulls, pushes
+
+    def charge(self, block: Block, known: tuple[float, float]) -> Charge:
+        pull, push = self.charges(block)
+        value = pull.values.sum() * known[0] + push.values.sum() * known[1]
+        if push.where is None:
+            block.similarity = self.slope(push, sign=1).mul_(known[1])
+        else:
+            block.similarity.zero_()
+            block.similarity.index_put_(push.where, self.slope(push, sign=1).mul_(known[1]), accumulate=True)
+        assert pull.where is not None
+        block.similarity.index_put_(pull.where, self.slope(pull, sign=-1).mul_(known[0]), accumulate=True)
+        return Charge(value, len(block))
+
+    def charges(self, block: Block) -> "tuple[Charges, Charges]":
+        """What positives and negatives lack to their margins; the similarities stay as they are."""
+        near = block.chosen_near() if block.chosen else entries(block.positives)
+        far = block.chosen_far() if block.chosen else None
+        similar = block.similarity[near]
+        other = block.similarity[far] if far is not None else block.hide_others()
+        if self.measure == "cosine":
+            return (
+                Charges((self.positive_margin - similar).clamp_min_(0), near),
+                Charges((other - self.negative_margin).clamp_min_(0), far),
+            )
+        d_near, d_far = distance(similar), distance(other)
+        return (
+            Charges((d_near - self.positive_margin).clamp_min_(0), near, d_near),
+            Charges((self.negative_margin - d_far).clamp_min_(0), far, d_far),
+        )
+
+    def slope(self, charges: "Charges", *, sign: int) -> Tensor:
+        """Derivative of the charges by the similarities; `sign` 1: they grow with it, -1: they shrink."""
+        active = charges.values > 0
+        if charges.distances is None:
+            return active.to(charges.values.dtype).mul_(sign)
+        # A pull grows with its distance and a push shrinks with it; a distance shrinks with the similarity.
+        return torch.where(active, distance_slope(charges.distances), 0).mul_(-sign)
 
     def extra_repr(self) -> str:
         return (
@@ -101,6 +118,15 @@ class ContrastiveLoss(nn.Module):
         )
 
 
-def mean_of_active(charges: Tensor, times: Tensor) -> Tensor:
-    """Mean of the charges above 0, each counted as often as it was chosen."""
-    return charges.sum() / ((charges > 0) * times).sum().clamp_min(1)
+class Charges(NamedTuple):
+    """What some pairs lack to their margin."""
+
+    values: Tensor  # at least 0
+    where: tuple[Tensor, Tensor] | None  # (rows, columns) of the pairs; None: all of the block
+    distances: Tensor | None = None  # where the margins are distances
+
+
+def entries(places: Padded) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of what is there."""
+    row, place = places.there.nonzero(as_tuple=True)
+    return row, places.columns[row, place]

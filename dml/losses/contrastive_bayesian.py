@@ -3,9 +3,11 @@
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dml.losses.pairs import IndicesTuple, Pairs, choose, compare, mean_over_batch, mine_hard, soft_total
+from dml.losses.kernel import Block, Charge, PairLoss, weigh_odds
+from dml.losses.multi_similarity import hard_pairs
+from dml.losses.pairs import Padded
 
 DUPLICATE = 1e-5
 """Positives with a similarity of at least 1 minus this are the anchor itself or an exact duplicate."""
@@ -15,7 +17,7 @@ LARGEST_EXPONENT = 80.0
 """exp() of more than this would soon overflow float32."""
 
 
-class ContrastiveBayesianLoss(nn.Module):
+class ContrastiveBayesianLoss(PairLoss):
     """Minus the log posterior of being right about each pair, and a constraint on the spread of negatives.
 
     The likelihood ratio p(s | same class) / p(s | other class) of a similarity s is modelled as exponential
@@ -53,13 +55,7 @@ class ContrastiveBayesianLoss(nn.Module):
             anchor.
         positive_weight, negative_weight: w⁺, w⁻ (>= 0), only for form="constant".
 
-    Shapes:
-        embeddings: (B, D) float; rows need not be unit length.
-        labels: (B,) class ids, or (B, C) multi-hot for several labels per image.
-        indices_tuple: a miner's pairs or triplets in place of P_i and N_i; ξ and V keep looking at all pairs.
-        ref_emb, ref_labels: the whole candidate set, (N, D) and (N,) or (N, C); None: the batch.
-        ids, ref_ids: (B,) and (N,) image ids; a candidate with the anchor's id is never its pair.
-        returns: () float, at least 0; computed in float32 or float64.
+    Call and shapes: see `PairLoss`; a miner's pairs go in place of P_i and N_i; ξ and V keep looking at all.
 
     Raises:
         ValueError: for settings out of range, or shapes that do not match.
@@ -68,9 +64,6 @@ class ContrastiveBayesianLoss(nn.Module):
     arXiv:2210.04402. Follows the authors' released code; the logistic reading above is ours, the paper's
     derivation was not at hand.
     """
-
-    takes = "unit"
-    candidates = True
 
     def __init__(
         self,
@@ -112,57 +105,86 @@ class ContrastiveBayesianLoss(nn.Module):
         self.positive_share, self.form = positive_share, form
         self.positive_weight, self.negative_weight = positive_weight, negative_weight
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        ids: Tensor | None = None,
-        ref_ids: Tensor | None = None,
-    ) -> Tensor:
-        everyone = compare(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids)
-        s = everyone.similarity
-        everyone = everyone._replace(positive=everyone.positive & (s.detach() < 1 - DUPLICATE))
-        positive, negative = (
-            self.mine(everyone) if indices_tuple is None else choose(everyone, indices_tuple)[1:3]
-        )
+    def charge(self, block: Block, known: None) -> Charge:
+        everyone = self.without_duplicates(block)
+        spread, pulls, pushes = self.variance(block, everyone)
+        near, similar, largest = self.mine(block, everyone)
+        active = near.there.any(dim=1) & largest.isfinite()
 
-        pull = self.outer((self.positive_center - s) / self.positive_scale, positive, self.positive_weight)
-        push = self.outer((s - self.negative_center) / self.negative_scale, negative, self.negative_weight)
-        each = pull + push
-        if self.variance_weight > 0:
-            each = each + self.variance_weight * self.variance(everyone)
-        counts = positive.any(dim=1) & negative.any(dim=1)
-        return mean_over_batch(torch.where(counts, each, 0), len(embeddings))
+        pull = (self.positive_center - similar).div_(self.positive_scale)
+        pull.masked_fill_(~near.there, float("-inf"))
+        push = block.similarity.sub_(self.negative_center).div_(self.negative_scale)
+        largest = (largest - self.negative_center) / self.negative_scale
+        value = spread + self.outer(push, largest, self.negative_weight)
+        push.div_(self.negative_scale)
+        if pushes is not None:
+            push.add_(pushes)
+        if similar.shape[1]:
+            value += self.outer(pull, pull.amax(dim=1), self.positive_weight)
+            block.gradient(near, pull.div_(-self.positive_scale))
+        if pulls is not None:
+            block.gradient(everyone, pulls[:, None].expand_as(everyone.columns))
+        if not bool(active.all()):
+            block.similarity.masked_fill_(~active[:, None], 0)
+        return Charge(torch.where(active, value, 0).sum(), len(block))
 
-    def mine(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """The hard positives and negatives of each anchor; those without one kind keep none of the other."""
-        positive, negative = mine_hard(pairs.similarity, pairs.positive, pairs.negative, self.margin)
-        if self.adaptive_negatives:
-            return positive, negative
-        return positive, pairs.negative & among_largest(pairs.similarity, pairs.negative, TOP_NEGATIVES)
+    def without_duplicates(self, block: Block) -> Padded:
+        """All positives of each anchor but its exact duplicates."""
+        columns, there = block.positives
+        return Padded(columns, there & (block.at(block.positives) < 1 - DUPLICATE))
 
-    def outer(self, logits: Tensor, keep: Tensor, weight: float) -> Tensor:
-        """(B,) the chosen function of 1 + Σ exp(logits) over the kept columns."""
+    def variance(self, block: Block, positives: Padded) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(b,) ω V_i, and its derivatives by each positive (b,) and by the candidates (b, N), 0 at others.
+
+        V = Σ (s - ξ)², so ∂V/∂ξ = -2 Σ (s - ξ) = -2 n h (μ⁻ - μ⁺), and ξ moves with both means.
+        """
+        s = block.similarity
+        if self.variance_weight == 0:
+            return s.new_zeros(len(s)), None, None
+        negatives = block.negatives.clamp_min(1).to(s.dtype)
+        number = positives.there.sum(dim=1).clamp_min(1).to(s.dtype)
+        mean_positive = torch.where(positives.there, block.at(positives), 0).sum(dim=1) / number
+        mean_negative = block.total_of_negatives() / negatives
+        h = self.positive_share
+        center = h * mean_positive + (1 - h) * mean_negative
+        weight = torch.full_like(negatives, self.variance_weight)
+        if self.variance_reduction == "mean":
+            weight = weight / negatives
+        away = block.hide_others(0, of=s - center[:, None])
+        spread = weight * torch.linalg.vector_norm(away, dim=1).square()
+        by_center = -2 * negatives * h * (mean_negative - mean_positive)
+        away.mul_(2).add_(((1 - h) * by_center / negatives)[:, None])
+        pushes = block.hide_others(0, of=away).mul_(weight[:, None])
+        return spread, weight * h * by_center / number, pushes
+
+    def mine(self, block: Block, positives: Padded) -> tuple[Padded, Tensor, Tensor]:
+        """The pairs that count; see `hard_pairs`."""
+        if self.adaptive_negatives or block.chosen:
+            return hard_pairs(block, positives, self.margin)
+        near, similar, largest = hard_pairs(block, positives, None)
+        hard = near.there & (similar - self.margin < largest[:, None])
+        s = block.similarity
+        kept = s.topk(min(TOP_NEGATIVES, s.shape[1]), dim=1)
+        s.fill_(float("-inf")).scatter_(1, kept.indices, kept.values)
+        return Padded(near.columns, hard), similar, largest
+
+    def outer(self, logits: Tensor, largest: Tensor, weight: float) -> Tensor:
+        """(b,) the chosen function of 1 + Σ exp(logits) of each row; logits become its derivatives.
+
+        Logits are cut off where exp() would soon overflow, but for "log", which takes any.
+        """
         if self.form == "log":
-            return soft_total(logits, keep)
-        logits = logits.clamp_max(LARGEST_EXPONENT)
-        if self.form == "sqrt":
-            return (0.5 * soft_total(logits, keep)).exp()
-        return 1 + weight * logits.masked_fill(~keep, float("-inf")).exp().sum(dim=1)
-
-    def variance(self, pairs: Pairs) -> Tensor:
-        """(B,) V_i: how far all negatives of each anchor are from the point ξ_i between the two means."""
-        s, positive, negative = pairs.similarity, pairs.positive, pairs.negative
-        negatives = negative.sum(dim=1).clamp_min(1)
-        mean_positive = (s * positive).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
-        mean_negative = (s * negative).sum(dim=1) / negatives
-        center = self.positive_share * mean_positive + (1 - self.positive_share) * mean_negative
-        spread = ((s - center[:, None]).square() * negative).sum(dim=1)
-        return spread if self.variance_reduction == "sum" else spread / negatives
+            return weigh_odds(logits, largest)
+        beyond = logits > LARGEST_EXPONENT
+        logits.clamp_max_(LARGEST_EXPONENT)
+        if self.form == "constant":
+            value = 1 + logits.exp_().mul_(weight).sum(dim=1)
+        else:
+            value = weigh_odds(logits, largest.clamp_max(LARGEST_EXPONENT)).mul_(0.5).exp_()
+            # d sqrt(1 + E) = ½ sqrt(1 + E) d log(1 + E)
+            logits.mul_(0.5 * value[:, None])
+        logits.masked_fill_(beyond, 0)
+        return value
 
     def extra_repr(self) -> str:
         return (
@@ -171,10 +193,3 @@ class ContrastiveBayesianLoss(nn.Module):
             f"variance_weight={self.variance_weight} ({self.variance_reduction}), "
             f"positive_share={self.positive_share}, adaptive_negatives={self.adaptive_negatives}"
         )
-
-
-def among_largest(values: Tensor, keep: Tensor, number: int) -> Tensor:
-    """(B, N) bool: the columns of the `number` largest kept values of each row."""
-    number = min(number, values.shape[1])
-    largest = values.detach().masked_fill(~keep, float("-inf")).topk(number, dim=1).indices
-    return torch.zeros_like(keep).scatter_(1, largest, True) & keep

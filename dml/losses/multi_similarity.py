@@ -1,11 +1,13 @@
 """Multi-Similarity loss: hard pairs are mined, and the hardest of them count most."""
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from dml.losses.pairs import IndicesTuple, choose, compare, mean_over_batch, mine_hard, soft_total
+from dml.losses.kernel import Block, Charge, PairLoss, weigh_odds
+from dml.losses.pairs import Padded, padded
 
 
-class MultiSimilarityLoss(nn.Module):
+class MultiSimilarityLoss(PairLoss):
     """Pull positives above a similarity threshold and push negatives below it.
 
     For anchor i with cosine similarities S, positives P and negatives N that pass the mining::
@@ -23,13 +25,7 @@ class MultiSimilarityLoss(nn.Module):
         base: λ, the threshold, a cosine similarity in [-1, 1].
         epsilon: ε, width of the mining band, a cosine similarity (>= 0); None: every pair counts.
 
-    Shapes:
-        embeddings: (B, D) float; rows need not be unit length.
-        labels: (B,) class ids, or (B, C) multi-hot for several labels per image.
-        indices_tuple: a miner's pairs or triplets; they replace the mining.
-        ref_emb, ref_labels: the whole candidate set, (N, D) and (N,) or (N, C); None: the batch.
-        ids, ref_ids: (B,) and (N,) image ids; a candidate with the anchor's id is never its pair.
-        returns: () float, at least 0; exactly 0 when nobody has a pair.
+    Call and shapes: see `PairLoss`; a miner's pairs replace the mining. Exactly 0 when nobody has a pair.
 
     Raises:
         ValueError: for α or β not above 0, ε below 0, or embeddings and labels that do not match.
@@ -37,9 +33,6 @@ class MultiSimilarityLoss(nn.Module):
     Source: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR
     2019, arXiv:1904.06627. Equal to pytorch-metric-learning's loss with its miner.
     """
-
-    takes = "unit"
-    candidates = True
 
     def __init__(
         self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, epsilon: float | None = 0.1
@@ -51,27 +44,63 @@ class MultiSimilarityLoss(nn.Module):
             raise ValueError(f"epsilon must be at least 0, or None for no mining, got {epsilon}")
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        ids: Tensor | None = None,
-        ref_ids: Tensor | None = None,
-    ) -> Tensor:
-        pairs = compare(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids)
-        if indices_tuple is not None:
-            pairs = choose(pairs, indices_tuple)
-        positive, negative = pairs.positive, pairs.negative
-        if indices_tuple is None and self.epsilon is not None:
-            positive, negative = mine_hard(pairs.similarity, positive, negative, self.epsilon)
-        excess = pairs.similarity - self.base
-        pull = soft_total(-self.alpha * excess, positive) / self.alpha
-        push = soft_total(self.beta * excess, negative) / self.beta
-        return mean_over_batch(pull + push, len(embeddings))
+    def charge(self, block: Block, known: None) -> Charge:
+        near, similar, largest = hard_pairs(block, block.positives, self.epsilon)
+        pull = (similar - self.base).mul_(-self.alpha).masked_fill_(~near.there, float("-inf"))
+        push = block.similarity.sub_(self.base).mul_(self.beta)
+        value = weigh_odds(push, (largest - self.base) * self.beta) / self.beta
+        if pull.shape[1]:
+            value += weigh_odds(pull, pull.amax(dim=1)) / self.alpha
+            block.gradient(near, -pull)
+        return Charge(value.sum(), len(block))
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, base={self.base}, epsilon={self.epsilon}"
+
+
+def hard_pairs(block: Block, positives: Padded, margin: float | None) -> tuple[Padded, Tensor, Tensor]:
+    """Choose the pairs that are hard beside the anchor's hardest pair of the other kind.
+
+    Positives with s - margin < max negative, and negatives with s + margin > min positive. An anchor without
+    pairs of one kind keeps none of the other. A miner's choice, where there is one, goes instead.
+
+    Args:
+        block: its similarities become -inf at every candidate that is no chosen negative.
+        positives: what to choose from.
+        margin: width of the band, a cosine similarity; None: everything is chosen.
+
+    Returns:
+        The chosen positives, (b, K) their similarities, and (b,) the largest similarity of a chosen negative,
+        or more; -inf where there is none.
+
+    Source: Wang et al., "Multi-Similarity Loss with General Pair Weighting", CVPR 2019, arXiv:1904.06627.
+    """
+    if block.chosen:
+        return miners_pairs(block)
+    similar = block.at(positives)
+    s = block.hide_others()
+    largest = s.amax(dim=1)
+    if margin is None:
+        return positives, similar, largest
+    hard = positives.there & (similar - margin < largest[:, None])
+    if not similar.shape[1]:
+        smallest = torch.full_like(largest, float("inf"))
+    else:
+        smallest = similar.masked_fill(~positives.there, float("inf")).amin(dim=1)
+    floor = smallest - margin
+    s.masked_fill_(s <= floor[:, None], float("-inf"))
+    largest = largest.masked_fill(largest <= floor, float("-inf"))
+    return Padded(positives.columns, hard), similar, largest
+
+
+def miners_pairs(block: Block) -> tuple[Padded, Tensor, Tensor]:
+    """As `hard_pairs`, for the pairs that a miner chose, each once."""
+    mask = torch.zeros_like(block.similarity, dtype=torch.bool)
+    mask[block.chosen_near()] = True
+    near = padded(mask)
+    similar = block.at(near)
+    far = block.chosen_far()
+    values = block.similarity[far]
+    block.similarity.fill_(float("-inf"))
+    block.similarity[far] = values
+    return near, similar, block.similarity.amax(dim=1)

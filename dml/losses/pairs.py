@@ -1,8 +1,8 @@
-"""The one currency of pair losses: similarities, who is positive, who is negative, and who is no pair at all.
+"""Who is positive, who is negative, and who is no pair at all.
 
 A candidate with the anchor's id is never its pair, neither in mining nor in the sum. That one rule covers the
-pair of an image with itself, its own synthetic copies, a memory's older copy of it, and repeated rows of a
-batch.
+pair of an image with itself, its own synthetic copies, a memory's older copy of it, rows gathered from other
+processes, and repeated rows of a batch.
 """
 
 from typing import NamedTuple
@@ -12,61 +12,6 @@ from torch import Tensor
 
 IndicesTuple = tuple[Tensor, ...]
 """A miner's choice: (anchors, positives, anchors, negatives) of pairs, or (anchors, positives, negatives)."""
-
-
-class Pairs(NamedTuple):
-    """Every anchor (row) against every candidate (column)."""
-
-    similarity: Tensor  # (B, N) float32 or float64, cosine in [-1, 1]
-    positive: Tensor  # (B, N) bool: share a label, and are not the same image
-    negative: Tensor  # (B, N) bool: share no label, and are not the same image
-    same_image: Tensor  # (B, N) bool: equal ids, or the anchor itself
-
-
-def compare(
-    embeddings: Tensor,
-    labels: Tensor,
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
-    *,
-    ids: Tensor | None = None,
-    ref_ids: Tensor | None = None,
-) -> Pairs:
-    """Compare every row of a batch with the batch itself, or with the given candidates.
-
-    Args:
-        embeddings: (B, D) anchors; rows need not be unit length, they are made so.
-        labels: (B,) class ids, or (B, C) multi-hot.
-        ref_emb, ref_labels: the whole candidate set, (N, D) and (N,) or (N, C); None: the batch itself.
-        ids, ref_ids: (B,) and (N,) image ids. Without them only the diagonal of the batch against itself is
-            the same image.
-
-    Returns:
-        The similarities in float32 (float64 stays), also under autocast, and three (B, N) masks.
-
-    Raises:
-        ValueError: shapes that do not fit together, labels of different kinds, or candidates with only one of
-            ids and ref_ids.
-    """
-    check(embeddings, labels, ids, "embeddings")
-    alone = ref_emb is None or ref_emb is embeddings
-    if ref_emb is None:
-        if ref_labels is not None or ref_ids is not None:
-            raise ValueError("got ref_labels or ref_ids without ref_emb; candidates need all of their parts")
-        ref_emb, ref_labels, ref_ids = embeddings, labels, ids
-    if ref_labels is None:
-        raise ValueError(f"got {len(ref_emb)} candidates in ref_emb without ref_labels")
-    check(ref_emb, ref_labels, ref_ids, "ref_emb")
-    if alone and ref_ids is None:
-        ref_ids = ids
-    if (ids is None) != (ref_ids is None):
-        raise ValueError("give both ids and ref_ids, or neither: an image is recognised by equal ids")
-    if embeddings.shape[1] != ref_emb.shape[1]:
-        raise ValueError(
-            f"embeddings have {embeddings.shape[1]} columns and ref_emb {ref_emb.shape[1]}; they must agree"
-        )
-    similarity = cosine(embeddings, None if alone else ref_emb)
-    return Pairs(similarity, *relate(labels, None if alone else ref_labels, ids, ref_ids))
 
 
 def relate(
@@ -96,16 +41,21 @@ def check(embeddings: Tensor, labels: Tensor, ids: Tensor | None, name: str) -> 
         raise ValueError(f"expected one id per row of {name}, ({len(embeddings)},), got {tuple(ids.shape)}")
 
 
-def cosine(rows: Tensor, columns: Tensor | None = None) -> Tensor:
-    """(B, N) cosines of (B, D) rows with (N, D) columns (None: the rows), never in half precision.
+def share_label(left: Tensor, right: Tensor) -> Tensor:
+    """(B, N) bool: equal class ids (1-D labels), or at least one class in common (multi-hot)."""
+    one_kind(left, right)
+    if left.ndim == 1:
+        return left[:, None] == right[None, :]
+    return (left.float() @ right.float().T) > 0
 
-    At half precision a similarity near 1 is known to 5e-4 at best, which a temperature of 0.01 turns into
-    noise.
-    """
-    with torch.autocast(rows.device.type, enabled=False):
-        left = unit_rows(rows)
-        right = left if columns is None else unit_rows(columns).to(left.dtype)
-        return left @ right.T
+
+def one_kind(left: Tensor, right: Tensor) -> None:
+    """Refuse to compare class ids with multi-hot labels."""
+    if left.ndim != right.ndim:
+        raise ValueError(
+            f"expected labels of one kind, class ids (N,) or multi-hot (N, C), "
+            f"got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -121,91 +71,167 @@ def unit_rows(rows: Tensor) -> Tensor:
     return scaled / torch.where(largest > 0, length, 1)
 
 
-def share_label(left: Tensor, right: Tensor) -> Tensor:
-    """(B, N) bool: equal class ids (1-D labels), or at least one class in common (multi-hot)."""
-    if left.ndim != right.ndim:
-        raise ValueError(
-            f"expected labels of one kind, class ids (N,) or multi-hot (N, C), "
-            f"got {tuple(left.shape)} and {tuple(right.shape)}"
-        )
-    if left.ndim == 1:
-        return left[:, None] == right[None, :]
-    return (left.float() @ right.float().T) > 0
+class Padded(NamedTuple):
+    """For every anchor of a block some candidates, in rows of equal length."""
+
+    columns: Tensor  # (b, K) numbers of candidates; anything where there is none
+    there: Tensor  # (b, K) bool
 
 
-def choose(pairs: Pairs, indices_tuple: IndicesTuple) -> Pairs:
-    """The same pairs with the masks replaced by a miner's choice; the same image is still never a pair."""
-    anchors, positives, others, negatives = as_pairs(indices_tuple)
-    positive, negative = torch.zeros_like(pairs.positive), torch.zeros_like(pairs.negative)
-    positive[anchors, positives] = True
-    negative[others, negatives] = True
-    return pairs._replace(positive=positive & ~pairs.same_image, negative=negative & ~pairs.same_image)
-
-
-def count(pairs: Pairs, indices_tuple: IndicesTuple) -> tuple[Tensor, Tensor]:
-    """How often a miner chose each pair, as positive and as negative: two (B, N) tensors.
-
-    A pair that takes part in several triplets counts several times.
-    """
-    anchors, positives, others, negatives = as_pairs(indices_tuple)
-    zero, one = torch.zeros_like(pairs.similarity), pairs.similarity.new_ones(())
-    near = zero.index_put((anchors, positives), one.expand(len(anchors)), accumulate=True)
-    far = zero.index_put((others, negatives), one.expand(len(others)), accumulate=True)
-    return near.masked_fill(pairs.same_image, 0), far.masked_fill(pairs.same_image, 0)
-
-
-def as_pairs(indices_tuple: IndicesTuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(anchors, positives, anchors, negatives) of a miner's pairs or triplets."""
-    if len(indices_tuple) == 3:
-        anchors, positives, negatives = indices_tuple
-        return anchors, positives, anchors, negatives
-    if len(indices_tuple) == 4:
-        anchors, positives, others, negatives = indices_tuple
-        return anchors, positives, others, negatives
-    raise ValueError(
-        f"expected indices_tuple to be pairs (a1, p, a2, n) or triplets (a, p, n), "
-        f"got {len(indices_tuple)} tensors"
-    )
-
-
-def mine_hard(similarity: Tensor, positive: Tensor, negative: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Keep pairs that are hard beside the anchor's hardest pair of the other kind.
-
-    Positives with s - margin < max negative, and negatives with s + margin > min positive. An anchor without
-    pairs of one kind keeps none of the other.
+class EqualKeys:
+    """For every anchor the candidates with an equal key, found by sorting instead of comparing all with all.
 
     Args:
-        similarity: (B, N); used for comparisons only, no gradient passes.
-        positive, negative: (B, N) bool.
-        margin: width of the band, a cosine similarity.
-
-    Source: Wang et al., "Multi-Similarity Loss with General Pair Weighting", CVPR 2019, arXiv:1904.06627.
+        keys: (B,) integers.
+        ref_keys: (N,) integers, N >= 1.
     """
-    s = similarity.detach()
-    if s.shape[1] == 0:
-        return positive, negative
-    hardest_positive = s.masked_fill(~positive, float("inf")).amin(dim=1, keepdim=True)
-    hardest_negative = s.masked_fill(~negative, float("-inf")).amax(dim=1, keepdim=True)
-    return positive & (s - margin < hardest_negative), negative & (s + margin > hardest_positive)
+
+    def __init__(self, keys: Tensor, ref_keys: Tensor) -> None:
+        ordered, self.order = ref_keys.sort(stable=True)
+        keys = keys.contiguous()
+        self.first = torch.searchsorted(ordered, keys)
+        self.count = torch.searchsorted(ordered, keys, right=True) - self.first
+
+    def of(self, rows: slice) -> Padded:
+        """The candidates of the anchors `rows`, in ascending order."""
+        first, count = self.first[rows, None], self.count[rows, None]
+        place = torch.arange(int(count.max()), device=count.device)
+        return Padded(self.order[(first + place).clamp_max(len(self.order) - 1)], place < count)
 
 
-def soft_total(logits: Tensor, keep: Tensor) -> Tensor:
-    """(B,) log(1 + Σ exp(logits)) over the kept columns of each row, without overflow; 0 without any."""
-    logits = logits.masked_fill(~keep, float("-inf"))
-    return torch.cat([logits.new_zeros(len(logits), 1), logits], dim=1).logsumexp(dim=1)
+def padded(mask: Tensor) -> Padded:
+    """The columns of a (b, N) mask that are True, row by row."""
+    row, column = mask.nonzero(as_tuple=True)
+    count = mask.sum(dim=1)
+    place = torch.arange(len(row), device=mask.device) - (count.cumsum(0) - count)[row]
+    columns = row.new_zeros(len(mask), int(count.max()))
+    columns[row, place] = column
+    return Padded(columns, torch.arange(columns.shape[1], device=mask.device) < count[:, None])
 
 
-def mean_over_batch(values: Tensor, batch_size: int) -> Tensor:
-    """Σ values / B as a scalar that stays connected to the graph; 0 for an empty batch."""
-    return values.sum() / max(batch_size, 1)
+class Kin(NamedTuple):
+    """What a block of anchors must know about its candidates besides their similarities."""
+
+    positive: Padded  # share a label, and are not the same image
+    excluded: tuple[Tensor, Tensor]  # (row, column) of every candidate that is no negative
+    negatives: Tensor  # (b,) how many negatives there are
 
 
-def distance(similarity: Tensor) -> Tensor:
-    """Euclidean distance of unit vectors from their cosine, sqrt(2 - 2s), in [0, 2].
+class Relations:
+    """Positives and non-negatives of any block of anchors, without a (B, N) mask where labels are class ids.
 
-    Below the rounding error of the similarity it is exactly 0 with gradient 0: there the square root is
-    infinitely steep and its value is noise.
+    Args:
+        labels: (B,) class ids, or (B, C) multi-hot.
+        ref_labels: of the N >= 1 candidates; None: the batch itself.
+        ids, ref_ids: (B,) and (N,) image ids. Without them only the diagonal of the batch against itself is
+            the same image.
     """
-    squared = 2 - 2 * similarity
-    apart = squared > 16 * torch.finfo(similarity.dtype).eps
-    return torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
+
+    def __init__(
+        self, labels: Tensor, ref_labels: Tensor | None, ids: Tensor | None, ref_ids: Tensor | None
+    ) -> None:
+        self.alone = ref_labels is None
+        self.labels, self.ref_labels = labels, labels if ref_labels is None else ref_labels
+        one_kind(self.labels, self.ref_labels)
+        self.ids, self.ref_ids = ids, ids if self.alone else ref_ids
+        self.by_label = EqualKeys(self.labels, self.ref_labels) if labels.ndim == 1 else None
+        self.by_id = None
+        if self.ids is not None and self.ref_ids is not None:
+            self.by_id = EqualKeys(self.ids, self.ref_ids)
+
+    @property
+    def widest(self) -> int:
+        """The most candidates that share a label with one anchor."""
+        return len(self.ref_labels) if self.by_label is None else int(self.by_label.count.max())
+
+    def same_image(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Whether anchors and candidates, given by their numbers, show the same image."""
+        if self.ids is not None and self.ref_ids is not None:
+            return self.ids[rows] == self.ref_ids[columns]
+        return rows == columns if self.alone else torch.zeros_like(rows == columns)
+
+    def of(self, rows: slice) -> Kin:
+        """Positives and non-negatives of the anchors `rows`."""
+        anchors = torch.arange(rows.start, rows.stop, device=self.labels.device)[:, None]
+        alike = self.share_label_with(rows)
+        twin = self.twins(rows, anchors)
+        positive = alike.there & ~self.same_image(anchors, alike.columns)
+        stranger = twin.there & ~self.share_label_at(anchors, twin.columns)
+        excluded = [
+            (row, columns[row, place])
+            for columns, there in (alike, Padded(twin.columns, stranger))
+            for row, place in [there.nonzero(as_tuple=True)]
+        ]
+        row, column = (torch.cat(parts) for parts in zip(*excluded, strict=True))
+        lost = alike.there.sum(dim=1) + stranger.sum(dim=1)
+        return Kin(Padded(alike.columns, positive), (row, column), len(self.ref_labels) - lost)
+
+    def share_label_with(self, rows: slice) -> Padded:
+        """The candidates that share a label with each anchor, the same image among them."""
+        if self.by_label is not None:
+            return self.by_label.of(rows)
+        return padded(share_label(self.labels[rows], self.ref_labels))
+
+    def twins(self, rows: slice, anchors: Tensor) -> Padded:
+        """The candidates that show the same image as each anchor."""
+        if self.by_id is not None:
+            return self.by_id.of(rows)
+        itself = anchors if self.alone else anchors[:, :0]
+        return Padded(itself, torch.ones_like(itself, dtype=torch.bool))
+
+    def share_label_at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Whether anchors and candidates, given by their numbers, share a label."""
+        left, right = self.labels[rows], self.ref_labels[columns]
+        return left == right if self.labels.ndim == 1 else ((left > 0) & (right > 0)).any(dim=-1)
+
+
+class Choice:
+    """A miner's pairs and triplets, by blocks of anchors; the same image is never a pair.
+
+    Args:
+        indices_tuple: (anchors, positives, anchors, negatives) or (anchors, positives, negatives).
+        relations: of the batch and its candidates.
+
+    Raises:
+        ValueError: another number of tensors.
+    """
+
+    def __init__(self, indices_tuple: IndicesTuple, relations: Relations) -> None:
+        self.relations, self.indices = relations, indices_tuple
+        if len(indices_tuple) == 3:
+            anchors, positives, negatives = indices_tuple
+            others = anchors
+        elif len(indices_tuple) == 4:
+            anchors, positives, others, negatives = indices_tuple
+        else:
+            raise ValueError(
+                f"expected indices_tuple to be pairs (a1, p, a2, n) or triplets (a, p, n), "
+                f"got {len(indices_tuple)} tensors"
+            )
+        self.near, self.far = self.apart(anchors, positives), self.apart(others, negatives)
+
+    def apart(self, rows: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+        """The entries whose columns are all other images than their row, sorted by row."""
+        keep = torch.ones_like(rows, dtype=torch.bool)
+        for column in columns:
+            keep &= ~self.relations.same_image(rows, column)
+        rows, order = rows[keep].sort(stable=True)
+        return (rows, *(column[keep][order] for column in columns))
+
+    def triplets(self) -> tuple[Tensor, ...]:
+        """(anchors, positives, negatives), sorted by anchor; pairs are joined to all their triplets."""
+        if len(self.indices) == 3:
+            return self.apart(*self.indices)
+        (first, near), (second, far) = self.near, self.far
+        start, stop = torch.searchsorted(second, first), torch.searchsorted(second, first, right=True)
+        left = torch.arange(len(first), device=first.device).repeat_interleave(stop - start)
+        before = (stop - start).cumsum(0) - (stop - start)
+        right = torch.arange(len(left), device=first.device) - before[left] + start[left]
+        return first[left], near[left], far[right]
+
+
+def within(entries: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
+    """The entries whose row lies in a block of anchors, with rows counted from the block's first."""
+    first = entries[0]
+    start, stop = torch.searchsorted(first, torch.tensor([rows.start, rows.stop], device=first.device))
+    return (first[start:stop] - rows.start, *(column[start:stop] for column in entries[1:]))

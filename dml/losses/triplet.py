@@ -3,12 +3,13 @@
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dml.losses.pairs import IndicesTuple, Pairs, compare, distance, mean_over_batch
+from dml.losses.kernel import Block, Blocks, Charge, PairLoss, distance, distance_slope
+from dml.losses.pairs import within
 
 
-class TripletLoss(nn.Module):
+class TripletLoss(PairLoss):
     """Charge triplets whose positive is not nearer to the anchor than the negative by a margin.
 
     With Euclidean distances d of unit vectors, for anchor a, positive p and negative n::
@@ -32,16 +33,8 @@ class TripletLoss(nn.Module):
 
     Well-known settings: "hardest" with "anchors" is the one that IAA was published with.
 
-    Shapes:
-        embeddings: (B, D) float; rows need not be unit length.
-        labels: (B,) class ids, or (B, C) multi-hot for several labels per image.
-        indices_tuple: a miner's triplets, or pairs that are joined to all their triplets, instead of
-            `mining`.
-        ref_emb, ref_labels: the whole candidate set, (N, D) and (N,) or (N, C); None: the batch.
-        ids, ref_ids: (B,) and (N,) image ids; a candidate with the anchor's id is never its pair.
-        returns: () float, at least 0.
-
-    Memory: (number of positive pairs) × N floats, except for "hardest", which takes B × N.
+    Call and shapes: see `PairLoss`; a miner's triplets, or pairs that are joined to all their triplets, go
+    instead of `mining`. Time: B × N, and B × N log N for sorting each anchor's negatives, but for "hardest".
 
     Raises:
         ValueError: for settings out of range, or shapes that do not match.
@@ -49,9 +42,6 @@ class TripletLoss(nn.Module):
     Source: Schroff et al., "FaceNet", CVPR 2015, arXiv:1503.03832. Equal to pytorch-metric-learning's loss
     with its miners ("all": without one).
     """
-
-    takes = "unit"
-    candidates = True
 
     def __init__(
         self,
@@ -71,66 +61,82 @@ class TripletLoss(nn.Module):
             )
         self.margin, self.mining, self.window, self.average = margin, mining, window, average
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        ids: Tensor | None = None,
-        ref_ids: Tensor | None = None,
-    ) -> Tensor:
-        pairs = compare(embeddings, labels, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids)
-        d = distance(pairs.similarity)
-        if indices_tuple is not None:
-            anchors, positives, negatives = as_triplets(pairs, indices_tuple)
-            violation = d[anchors, positives] - d[anchors, negatives]
+    def prepare(self, blocks: Blocks) -> tuple[Tensor, ...] | None:
+        """A miner's triplets, sorted by anchor."""
+        return None if blocks.choice is None else blocks.choice.triplets()
+
+    def charge(self, block: Block, known: tuple[Tensor, ...] | None) -> Charge:
+        if known is not None:
+            value, active = self.against_chosen(block, within(known, block.rows))
+        elif not block.positives.columns.shape[1]:
+            block.similarity.zero_()
+            return Charge(block.similarity.new_zeros(()), len(block) if self.average == "anchors" else 0)
         elif self.mining == "hardest":
-            violation = self.against_nearest(d, pairs)
+            value, active = self.against_nearest(block)
         else:
-            violation = self.against_each(d, pairs)
-        charge = (violation + self.margin).relu()
-        if self.average == "anchors":
-            return mean_over_batch(charge, len(embeddings))
-        return charge.sum() / (charge > 0).sum().clamp_min(1)
+            value, active = self.against_interval(block)
+        return Charge(value, len(block) if self.average == "anchors" else active)
 
-    def against_each(self, d: Tensor, pairs: Pairs) -> Tensor:
-        """d_ap - d_an of every positive pair with every negative; -inf where a triplet does not count."""
-        anchors, positives = pairs.positive.nonzero(as_tuple=True)
-        violation = d[anchors, positives][:, None] - d[anchors]
-        keep = pairs.negative[anchors]
+    def against_chosen(self, block: Block, triplets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Total and number of the charges of a miner's triplets."""
+        anchors, positives, negatives = triplets
+        near, far = (distance(block.similarity[anchors, columns]) for columns in (positives, negatives))
+        charge = (near - far + self.margin).clamp_min_(0)
+        active = charge > 0
+        block.similarity.zero_()
+        for columns, distances, sign in ((positives, near, 1), (negatives, far, -1)):
+            slope = torch.where(active, distance_slope(distances), 0).mul_(sign)
+            block.similarity.index_put_((anchors, columns), slope, accumulate=True)
+        return charge.sum(), active.sum()
+
+    def against_nearest(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Total and number of the charges of every positive beside the anchor's nearest negative."""
+        near = distance(block.at(block.positives))
+        largest, nearest = block.hide_others().max(dim=1)
+        far = distance(largest)
+        there = block.positives.there & largest.isfinite()[:, None]
+        charge = (near - far[:, None] + self.margin).clamp_min_(0).masked_fill_(~there, 0)
+        active = charge > 0
+        block.similarity.zero_()
+        slope = -distance_slope(far) * active.sum(dim=1)
+        block.similarity.scatter_(1, nearest[:, None], slope[:, None])
+        block.gradient(block.positives, torch.where(active, distance_slope(near), 0))
+        return charge.sum(), active.sum()
+
+    def against_interval(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Total and number of the charges of every positive beside all negatives that count for it.
+
+        With an anchor's negatives sorted by distance, those of a positive lie side by side: prefix sums give
+        their total, and a count of how many positives reach each negative gives its gradient.
+        """
+        near = distance(block.at(block.positives))
+        far, order = distance(block.hide_others()).sort(dim=1)
+        first, last = self.interval(near, far)
+        count = (last - first).clamp_min_(0) * block.positives.there
+        # In float64: a sum over all negatives less another would lose the digits of a single distance.
+        before = torch.zeros(len(far), far.shape[1] + 1, dtype=torch.float64, device=far.device)
+        torch.cumsum(far.masked_fill(far.isinf(), 0), dim=1, dtype=torch.float64, out=before[:, 1:])
+        between = before.gather(1, torch.maximum(first, last)) - before.gather(1, first)
+        value = count * (near + self.margin).double() - between * block.positives.there
+
+        reach = torch.zeros_like(before, dtype=near.dtype)
+        some = (count > 0).to(near.dtype)
+        reach.scatter_add_(1, first, some).scatter_add_(1, last.clamp_min(0), -some)
+        slope = distance_slope(far).mul_(reach[:, :-1].cumsum(dim=1)).neg_()
+        block.similarity.scatter_(1, order, slope)
+        block.gradient(block.positives, distance_slope(near) * count)
+        return value.sum(), count.sum()
+
+    def interval(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, K) first and last (excluded) place among the sorted negatives with a charge above 0."""
+        last = torch.searchsorted(far, near + self.margin)
+        first = torch.zeros_like(last)
         if self.mining == "semihard":
-            keep = keep & (violation < 0) & (violation >= -self.window)
+            first = torch.searchsorted(far, near, right=True)
+            last = torch.minimum(last, torch.searchsorted(far, near + self.window, right=True))
         elif self.mining == "hard":
-            keep = keep & (violation >= 0)
-        return violation.masked_fill(~keep, float("-inf"))
-
-    def against_nearest(self, d: Tensor, pairs: Pairs) -> Tensor:
-        """(B, N) d_ap - min d_an of every positive; -inf elsewhere, and for anchors without a negative."""
-        if d.shape[1] == 0:
-            return d
-        nearest = d.masked_fill(~pairs.negative, float("inf")).amin(dim=1, keepdim=True)
-        keep = pairs.positive & pairs.negative.any(dim=1, keepdim=True)
-        return (d - torch.where(nearest.isfinite(), nearest, 0)).masked_fill(~keep, float("-inf"))
+            last = torch.minimum(last, torch.searchsorted(far, near, right=True))
+        return first, last
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, mining={self.mining}, window={self.window}, average={self.average}"
-
-
-def as_triplets(pairs: Pairs, indices_tuple: IndicesTuple) -> tuple[Tensor, Tensor, Tensor]:
-    """A miner's triplets, or all that its pairs can be joined to; the same image is never a pair."""
-    if len(indices_tuple) == 3:
-        anchors, positives, negatives = indices_tuple
-    elif len(indices_tuple) == 4:
-        first, near, second, far = indices_tuple
-        left, right = (first[:, None] == second[None, :]).nonzero(as_tuple=True)
-        anchors, positives, negatives = first[left], near[left], far[right]
-    else:
-        raise ValueError(
-            f"expected indices_tuple to be triplets (a, p, n) or pairs (a1, p, a2, n), "
-            f"got {len(indices_tuple)} tensors"
-        )
-    keep = ~(pairs.same_image[anchors, positives] | pairs.same_image[anchors, negatives])
-    return anchors[keep], positives[keep], negatives[keep]

@@ -1,0 +1,346 @@
+"""The kernel of the pair losses: similarities by blocks of anchors, gradients by hand.
+
+A pair loss is a function of the similarities S = X Yᵀ alone. Knowing G = ∂L/∂S, the gradients are two more
+products, ∂L/∂X = G Y and ∂L/∂Y = Gᵀ X. So the forward pass takes one block of anchors after the other, lets
+the loss turn their similarities into its value and, in place, into G, and adds up both products. Nothing of
+size B × N is kept for a backward pass, and no memory grows with B × N at all: the largest matrix is a block.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dml.losses.pairs import Choice, IndicesTuple, Kin, Padded, Relations, check, within
+
+BLOCK = {"cpu": 2**20, "cuda": 2**27}
+"""Numbers in a block of similarities: on a CPU what its cache holds, on a GPU what keeps it busy."""
+TINY, HUGE = 1e-15, 1e15
+"""Rows of a length beyond these are scaled first: squares of their entries would overflow or vanish."""
+
+
+class Charge(NamedTuple):
+    """What a block of anchors costs."""
+
+    value: Tensor  # () sum over the block
+    weight: Tensor | int  # what the sum over all blocks is divided by, summed over blocks too
+
+
+class Block:
+    """Some anchors beside all candidates.
+
+    Attributes:
+        similarity: (b, N) cosines, which the loss overwrites with their gradient.
+        positives: (b, K) candidates that share a label with their anchor and show another image.
+    """
+
+    def __init__(self, similarity: Tensor, rows: slice, kin: Kin, choice: Choice | None) -> None:
+        self.similarity, self.rows, self.choice = similarity, rows, choice
+        self.positives, self.excluded, self.negatives = kin
+
+    def __len__(self) -> int:
+        return len(self.similarity)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a miner has chosen the pairs."""
+        return self.choice is not None
+
+    def at(self, places: Padded) -> Tensor:
+        """(b, K) similarities at some candidates; meaningless where there is none."""
+        return self.similarity.gather(1, places.columns)
+
+    def hide_others(self, value: float = float("-inf"), *, of: Tensor | None = None) -> Tensor:
+        """Overwrite the entries of all candidates that are no negatives; in `of`, or in the similarities."""
+        matrix = self.similarity if of is None else of
+        matrix[self.excluded] = value
+        return matrix
+
+    def total_of_negatives(self) -> Tensor:
+        """(b,) sum of the similarities with all negatives."""
+        others = self.similarity[self.excluded]
+        total = self.hide_others(0).sum(dim=1)
+        self.similarity[self.excluded] = others
+        return total
+
+    def chosen_near(self) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of the miner's positives; one that it chose twice is there twice."""
+        assert self.choice is not None
+        row, column = within(self.choice.near, self.rows)
+        return row, column
+
+    def chosen_far(self) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of the miner's negatives; one that it chose twice is there twice."""
+        assert self.choice is not None
+        row, column = within(self.choice.far, self.rows)
+        return row, column
+
+    def gradient(self, places: Padded, slope: Tensor) -> None:
+        """Add the gradient at some candidates to what the similarities hold by now."""
+        self.similarity.scatter_add_(1, places.columns, torch.where(places.there, slope, 0))
+
+
+class PairLoss(nn.Module):
+    """Base of the losses that compare pairs. A loss defines `charge`, and `prepare` where it needs to.
+
+    Call: `(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None, *, ids=None,
+    ref_ids=None)`.
+
+    Shapes:
+        embeddings: (B, D) float anchors; rows need not be unit length, they are made so.
+        labels: (B,) class ids, or (B, C) multi-hot for several labels per image.
+        indices_tuple: a miner's pairs (a1, p, a2, n) or triplets (a, p, n) in place of the loss's own choice.
+        ref_emb: the whole candidate set, (N, D), or a sequence of such parts, of which some may want a
+            gradient and others not; None: the batch itself.
+        ref_labels: (N,) or (N, C), of the candidates.
+        ids, ref_ids: (B,) and (N,) image ids; a candidate with the anchor's id is never its pair. Without
+            them only the diagonal of the batch against itself is the same image.
+        returns: () float, at least 0; computed in float32 (float64 stays), also under autocast: near 1, half
+            precision knows a similarity to 5e-4 at best, which a temperature of 0.01 turns into noise.
+
+    Memory: a block of similarities, a gradient of the size of each input that wants one, and a copy of each
+    input that is not made of unit rows in float32 already. It does not grow with B × N.
+
+    The gradient is exact, derived by hand, and computed in the forward pass; it cannot be differentiated
+    again.
+
+    Raises:
+        ValueError: shapes that do not fit together, labels of different kinds, or candidates with only one of
+            ids and ref_ids.
+    """
+
+    takes = "unit"
+    candidates = True
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: Tensor | Sequence[Tensor] | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        ref_ids: Tensor | None = None,
+    ) -> Tensor:
+        check(embeddings, labels, ids, "embeddings")
+        parts = as_parts(embeddings, ref_emb, ref_labels, ids, ref_ids)
+        relations = Relations(labels, ref_labels if parts else None, ids, ref_ids if parts else None)
+        choice = None if indices_tuple is None else Choice(indices_tuple, relations)
+        if not len(embeddings) or not len(relations.ref_labels):
+            return 0 * torch.cat([embeddings, *parts])[:0].to(working_type(embeddings)).sum()
+        return _Compared.apply(self, relations, choice, embeddings, *parts)  # type: ignore[no-any-return]
+
+    def prepare(self, blocks: "Blocks") -> Any:
+        """What `charge` must know of all blocks at once; None: nothing."""
+        return None
+
+    def charge(self, block: Block, known: Any) -> Charge:
+        """The cost of a block; overwrites `block.similarity` with the gradient of `Charge.value`."""
+        raise NotImplementedError
+
+
+def as_parts(
+    embeddings: Tensor,
+    ref_emb: Tensor | Sequence[Tensor] | None,
+    ref_labels: Tensor | None,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The candidates as parts, checked; empty where the candidates are the batch itself."""
+    if ref_emb is None:
+        if ref_labels is not None or ref_ids is not None:
+            raise ValueError("got ref_labels or ref_ids without ref_emb; candidates need all of their parts")
+        return ()
+    parts = (ref_emb,) if isinstance(ref_emb, Tensor) else tuple(ref_emb)
+    total = sum(len(part) for part in parts)
+    if ref_labels is None:
+        raise ValueError(f"got {total} candidates in ref_emb without ref_labels")
+    for part in parts:
+        if part.ndim == 2 and part.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f"embeddings have {embeddings.shape[1]} columns and ref_emb {part.shape[1]}; they must agree"
+            )
+    shape = parts[0].shape if len(parts) == 1 else torch.Size((total, embeddings.shape[1]))
+    check(torch.empty(shape, device="meta"), ref_labels, ref_ids, "ref_emb")
+    if ref_emb is embeddings and ref_ids is None:
+        return ()
+    if (ids is None) != (ref_ids is None):
+        raise ValueError("give both ids and ref_ids, or neither: an image is recognised by equal ids")
+    return parts
+
+
+def working_type(rows: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+class UnitRows:
+    """Rows made unit length, and the way back of their gradient."""
+
+    def __init__(self, given: Tensor, dtype: torch.dtype) -> None:
+        self.given = given
+        rows = given.to(dtype)
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        if not bool(((length > TINY) & (length < HUGE)).all()):
+            largest = rows.abs().amax(dim=1, keepdim=True)
+            factor = torch.where(largest > 0, largest, 1).reciprocal()
+            length = torch.linalg.vector_norm(rows * factor, dim=1, keepdim=True)
+            # A row of zeros stays one, and its gradient passes as it is.
+            inverse = torch.where(largest > 0, length.reciprocal() * factor, 1)
+            self.rows, self.inverse = (
+                rows * factor * torch.where(largest > 0, length, 1).reciprocal(),
+                inverse,
+            )
+            return
+        self.inverse = length.reciprocal()
+        already = not given.requires_grad and bool(((length - 1).abs() <= 4 * torch.finfo(dtype).eps).all())
+        self.rows = rows if already else rows * self.inverse
+
+    def back(self, gradient: Tensor, scale: Tensor) -> Tensor:
+        """The gradient of the given rows from that of the unit rows: (I - x̂ x̂ᵀ) g / length, times `scale`."""
+        along = (gradient * self.rows).sum(dim=1, keepdim=True)
+        return gradient.addcmul_(self.rows, along, value=-1).mul_(self.inverse * scale).to(self.given.dtype)
+
+
+class Blocks:
+    """The similarities of all anchors with all candidates, block by block.
+
+    Iterating twice computes them twice, unless one block holds everything.
+    """
+
+    def __init__(
+        self, anchors: Tensor, candidates: Sequence[Tensor], relations: Relations, choice: Choice | None
+    ) -> None:
+        self.anchors, self.candidates = anchors, candidates
+        self.relations, self.choice = relations, choice
+        self.width = sum(len(part) for part in candidates)
+        # A candidate that shares a label takes some numbers of its own beside its similarity.
+        row = self.width + 8 * min(relations.widest, self.width)
+        budget = BLOCK.get(anchors.device.type, BLOCK["cuda"])
+        self.height = min(len(anchors), max(1, budget // row))
+
+    def __iter__(self) -> Iterator[Block]:
+        space = self.anchors.new_empty(self.height, self.width)
+        for start in range(0, len(self.anchors), self.height):
+            rows = slice(start, min(start + self.height, len(self.anchors)))
+            similarity = space[: rows.stop - start]
+            filled = 0
+            for part in self.candidates:
+                target = similarity[:, filled : filled + len(part)]
+                torch.mm(self.anchors[rows], part.T, out=target)
+                filled += len(part)
+            yield Block(similarity, rows, self.relations.of(rows), self.choice)
+
+
+class _Compared(torch.autograd.Function):
+    """Value and gradients of a pair loss in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: PairLoss,
+        relations: Relations,
+        choice: Choice | None,
+        embeddings: Tensor,
+        *parts: Tensor,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[3:]
+        with torch.autocast(embeddings.device.type, enabled=False):
+            value, gradients = evaluate(loss, relations, choice, embeddings, parts, wanted)
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        found = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        return (None, None, None, *found)
+
+
+def evaluate(
+    loss: PairLoss,
+    relations: Relations,
+    choice: Choice | None,
+    embeddings: Tensor,
+    parts: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The value of a loss, and its gradient for each of (embeddings, *parts) that wants one."""
+    dtype = working_type(embeddings)
+    inputs = [UnitRows(given, dtype) for given in (embeddings, *parts)]
+    anchors, candidates = inputs[0].rows, [unit.rows for unit in inputs[1:] or inputs]
+    sums = [torch.zeros_like(unit.rows) if want else None for unit, want in zip(inputs, wanted, strict=True)]
+    blocks = Blocks(anchors, candidates, relations, choice)
+    known = loss.prepare(blocks)
+    value = torch.zeros((), dtype=torch.float64, device=embeddings.device)
+    weight = torch.zeros_like(value)
+    for block in blocks:
+        charge = loss.charge(block, known)
+        value += charge.value
+        weight += charge.weight
+        if any(wanted):
+            add_products(sums, block, anchors, candidates)
+    scale = weight.clamp_min(1).reciprocal()
+    gradients = [
+        None if total is None else unit.back(total, scale.to(dtype))
+        for unit, total in zip(inputs, sums, strict=True)
+    ]
+    return (value * scale).to(dtype), gradients
+
+
+def add_products(
+    sums: Sequence[Tensor | None], block: Block, anchors: Tensor, candidates: Sequence[Tensor]
+) -> None:
+    """Add G Y to the anchors' gradient and Gᵀ X to the candidates', where they want one."""
+    gradient, rows = block.similarity, block.rows
+    alone = len(sums) == 1
+    if alone and sums[0] is not None:
+        if len(gradient) == len(anchors):
+            # G Y + Gᵀ X is one product where both are the batch.
+            sums[0].addmm_(gradient + gradient.T, anchors)
+            return
+        sums[0][rows].addmm_(gradient, anchors)
+        sums[0].addmm_(gradient.T, anchors[rows])
+        return
+    filled = 0
+    for part, total in zip(candidates, sums[1:], strict=True):
+        columns = gradient[:, filled : filled + len(part)]
+        filled += len(part)
+        if sums[0] is not None:
+            sums[0][rows].addmm_(columns, part)
+        if total is not None:
+            total.addmm_(columns.T, anchors[rows])
+
+
+def weigh_odds(logits: Tensor, largest: Tensor) -> Tensor:
+    """Turn logits, in place, into the derivatives of log(1 + Σ exp(logits)) of each row; return its values.
+
+    Args:
+        logits: (b, K); -inf where there is nothing to count.
+        largest: (b,) of each row, or anything nearly as large; what keeps exp() from overflowing.
+
+    Returns:
+        (b,), 0 for a row without entries.
+    """
+    shift = largest.clamp_min(0)
+    total = logits.sub_(shift[:, None]).exp_().sum(dim=1).add_((-shift).exp())
+    logits.div_(total[:, None])
+    return total.log_().add_(shift)
+
+
+def distance(similarity: Tensor) -> Tensor:
+    """Euclidean distance of unit vectors from their cosine, sqrt(2 - 2s), in [0, 2].
+
+    Below the rounding error of the similarity it is exactly 0: there the square root is infinitely steep and
+    its value is noise. -inf, which is no similarity, is infinitely far.
+    """
+    squared = 2 - 2 * similarity
+    return torch.where(squared > 16 * torch.finfo(similarity.dtype).eps, squared.clamp_min_(0), 0).sqrt_()
+
+
+def distance_slope(distances: Tensor) -> Tensor:
+    """Derivative of `distance` by the similarity, -1 / d; 0 where the distance is 0."""
+    return torch.where(distances > 0, -distances.reciprocal(), 0)
