@@ -18,7 +18,7 @@ from dml.losses import (
     TripletLoss,
     build_loss,
 )
-from dml.losses.kernel import distance, distance_slope, weigh_odds
+from dml.losses.kernel import distance, distance_slope, soft_total
 from dml.losses.pairs import Relations, relate, unit_rows
 from dml.training.supervised import adapt
 
@@ -270,15 +270,16 @@ def test_distances_of_equal_rows_are_exactly_zero():
     assert distance_slope(distance(similarity))[3] == 0
 
 
-def test_odds_are_weighed_without_overflow():
+def test_a_soft_total_does_not_overflow():
     kept = torch.tensor([[True, True], [True, False], [False, False]])
-    given = torch.tensor([[5000.0, 4999.0], [-5000.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
-    given = given.masked_fill(~kept, float("-inf"))
+    logits = torch.tensor([[5000.0, 4999.0], [-5000.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    given = (logits / 50 + 0.5).masked_fill(~kept, float("-inf"))
+    odds, largest = given.clone(), logits.masked_fill(~kept, float("-inf")).amax(dim=1)
+    values, factors = soft_total(odds, center=0.5, scale=50, largest=largest)
     expected = [5000 + math.log(1 + math.exp(-1)), 0.0, 0.0]
-    weights = given.clone()
-    values = weigh_odds(weights, given.amax(dim=1))
     torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64))
-    torch.testing.assert_close(weights[0], given[0].softmax(0))
+    weights = odds * factors[:, None]
+    torch.testing.assert_close(weights[0], logits[0].softmax(0))
     assert not weights[1:].any()
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dml.losses.kernel import Block, Charge, PairLoss, weigh_odds
+from dml.losses.kernel import Block, Charge, PairLoss, soft_total
 from dml.losses.multi_similarity import hard_pairs
 from dml.losses.pairs import Padded
 
@@ -111,17 +111,22 @@ class ContrastiveBayesianLoss(PairLoss):
         near, similar, largest = self.mine(block, everyone)
         active = near.there.any(dim=1) & largest.isfinite()
 
-        pull = (self.positive_center - similar).div_(self.positive_scale)
-        pull.masked_fill_(~near.there, float("-inf"))
-        push = block.similarity.sub_(self.negative_center).div_(self.negative_scale)
-        largest = (largest - self.negative_center) / self.negative_scale
-        value = spread + self.outer(push, largest, self.negative_weight)
-        push.div_(self.negative_scale)
-        if pushes is not None:
-            push.add_(pushes)
+        push = block.similarity
+        value, factor = self.outer(
+            push, self.negative_center, 1 / self.negative_scale, largest, self.negative_weight
+        )
+        if pushes is None:
+            push.mul_(factor[:, None])
+        else:
+            torch.addcmul(pushes, push, factor[:, None], out=push)
+        value += spread
         if similar.shape[1]:
-            value += self.outer(pull, pull.amax(dim=1), self.positive_weight)
-            block.gradient(near, pull.div_(-self.positive_scale))
+            farthest = similar.amin(dim=1)
+            pull, factor = self.outer(
+                similar, self.positive_center, -1 / self.positive_scale, farthest, self.positive_weight
+            )
+            value += pull
+            block.gradient(near, similar.mul_(factor[:, None]))
         if pulls is not None:
             block.gradient(everyone, pulls[:, None].expand_as(everyone.columns))
         if not bool(active.all()):
@@ -153,9 +158,9 @@ class ContrastiveBayesianLoss(PairLoss):
         away = block.hide_others(0, of=s - center[:, None])
         spread = weight * torch.linalg.vector_norm(away, dim=1).square()
         by_center = -2 * negatives * h * (mean_negative - mean_positive)
-        away.mul_(2).add_(((1 - h) * by_center / negatives)[:, None])
-        pushes = block.hide_others(0, of=away).mul_(weight[:, None])
-        return spread, weight * h * by_center / number, pushes
+        shift = weight * (1 - h) * by_center / negatives
+        torch.addcmul(shift[:, None], away, 2 * weight[:, None], out=away)
+        return spread, weight * h * by_center / number, block.hide_others(0, of=away)
 
     def mine(self, block: Block, positives: Padded) -> tuple[Padded, Tensor, Tensor]:
         """The pairs that count; see `hard_pairs`."""
@@ -166,25 +171,42 @@ class ContrastiveBayesianLoss(PairLoss):
         s = block.similarity
         kept = s.topk(min(TOP_NEGATIVES, s.shape[1]), dim=1)
         s.fill_(float("-inf")).scatter_(1, kept.indices, kept.values)
-        return Padded(near.columns, hard), similar, largest
+        return Padded(near.columns, hard), similar.masked_fill_(~hard, float("inf")), largest
 
-    def outer(self, logits: Tensor, largest: Tensor, weight: float) -> Tensor:
-        """(b,) the chosen function of 1 + Σ exp(logits) of each row; logits become its derivatives.
+    def outer(
+        self, similarity: Tensor, center: float, scale: float, extreme: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen function of 1 + Σ exp(u) of each row, u = scale (s - center), and the way to its slopes.
 
-        Logits are cut off where exp() would soon overflow, but for "log", which takes any.
+        Exponents are cut off where exp() would soon overflow, but for "log", which takes any.
+
+        Args:
+            similarity: (b, K), overwritten.
+            extreme: (b,) the one with the largest u.
+            weight: w of "constant".
+
+        Returns:
+            (b,) values, and (b,) factors: the derivative by s is what `similarity` holds by now, times the
+            factor of its row.
         """
+        largest = (extreme - center) * scale
         if self.form == "log":
-            return weigh_odds(logits, largest)
-        beyond = logits > LARGEST_EXPONENT
-        logits.clamp_max_(LARGEST_EXPONENT)
+            value, factor = soft_total(similarity, center=center, scale=scale, largest=largest)
+            return value, factor.mul_(scale)
+        beyond = (similarity - center) * scale > LARGEST_EXPONENT
+        similarity.masked_fill_(beyond, center + LARGEST_EXPONENT / scale)
         if self.form == "constant":
-            value = 1 + logits.exp_().mul_(weight).sum(dim=1)
+            similarity.sub_(center).mul_(scale).exp_()
+            value = 1 + weight * similarity.sum(dim=1)
+            factor = torch.full_like(value, weight * scale)
         else:
-            value = weigh_odds(logits, largest.clamp_max(LARGEST_EXPONENT)).mul_(0.5).exp_()
+            largest = largest.clamp_max(LARGEST_EXPONENT)
+            value, factor = soft_total(similarity, center=center, scale=scale, largest=largest)
+            value.mul_(0.5).exp_()
             # d sqrt(1 + E) = ½ sqrt(1 + E) d log(1 + E)
-            logits.mul_(0.5 * value[:, None])
-        logits.masked_fill_(beyond, 0)
-        return value
+            factor.mul_(0.5 * scale * value)
+        similarity.masked_fill_(beyond, 0)
+        return value, factor
 
     def extra_repr(self) -> str:
         return (

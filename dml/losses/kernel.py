@@ -315,20 +315,22 @@ def add_products(
             total.addmm_(columns.T, anchors[rows])
 
 
-def weigh_odds(logits: Tensor, largest: Tensor) -> Tensor:
-    """Turn logits, in place, into the derivatives of log(1 + Σ exp(logits)) of each row; return its values.
+def soft_total(similarity: Tensor, *, center: float, scale: float, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 + Σ exp(u)) of each row, with u = scale (s - center), and the way to its derivatives.
 
     Args:
-        logits: (b, K); -inf where there is nothing to count.
-        largest: (b,) of each row, or anything nearly as large; what keeps exp() from overflowing.
+        similarity: (b, K); -inf (for a negative scale: inf) where there is nothing to count. Overwritten.
+        largest: (b,) of u in each row, or anything nearly as large; what keeps exp() from overflowing.
 
     Returns:
-        (b,), 0 for a row without entries.
+        (b,) values, 0 for a row without entries, and (b,) factors: the derivative by u is what `similarity`
+        holds by now, times the factor of its row.
     """
     shift = largest.clamp_min(0)
-    total = logits.sub_(shift[:, None]).exp_().sum(dim=1).add_((-shift).exp())
-    logits.div_(total[:, None])
-    return total.log_().add_(shift)
+    start = -scale * center - shift
+    odds = torch.add(start[:, None], similarity, alpha=scale, out=similarity).exp_()
+    total = odds.sum(dim=1).add_((-shift).exp())
+    return total.log().add_(shift), total.reciprocal_()
 
 
 def distance(similarity: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dml.losses.kernel import Block, Charge, PairLoss, weigh_odds
+from dml.losses.kernel import Block, Charge, PairLoss, soft_total
 from dml.losses.pairs import Padded, padded
 
 
@@ -46,12 +46,19 @@ class MultiSimilarityLoss(PairLoss):
 
     def charge(self, block: Block, known: None) -> Charge:
         near, similar, largest = hard_pairs(block, block.positives, self.epsilon)
-        pull = (similar - self.base).mul_(-self.alpha).masked_fill_(~near.there, float("-inf"))
-        push = block.similarity.sub_(self.base).mul_(self.beta)
-        value = weigh_odds(push, (largest - self.base) * self.beta) / self.beta
-        if pull.shape[1]:
-            value += weigh_odds(pull, pull.amax(dim=1)) / self.alpha
-            block.gradient(near, -pull)
+        push = block.similarity
+        value, factor = soft_total(
+            push, center=self.base, scale=self.beta, largest=(largest - self.base) * self.beta
+        )
+        push.mul_(factor[:, None])
+        value /= self.beta
+        if similar.shape[1]:
+            farthest = similar.amin(dim=1)
+            pull, factor = soft_total(
+                similar, center=self.base, scale=-self.alpha, largest=(self.base - farthest) * self.alpha
+            )
+            value += pull / self.alpha
+            block.gradient(near, similar * -factor[:, None])
         return Charge(value.sum(), len(block))
 
     def extra_repr(self) -> str:
@@ -70,27 +77,24 @@ def hard_pairs(block: Block, positives: Padded, margin: float | None) -> tuple[P
         margin: width of the band, a cosine similarity; None: everything is chosen.
 
     Returns:
-        The chosen positives, (b, K) their similarities, and (b,) the largest similarity of a chosen negative,
-        or more; -inf where there is none.
+        The chosen positives, (b, K) their similarities, inf at others, and (b,) the largest similarity of a
+        chosen negative, -inf where there is none.
 
     Source: Wang et al., "Multi-Similarity Loss with General Pair Weighting", CVPR 2019, arXiv:1904.06627.
     """
     if block.chosen:
         return miners_pairs(block)
-    similar = block.at(positives)
+    similar = block.at(positives).masked_fill_(~positives.there, float("inf"))
     s = block.hide_others()
     largest = s.amax(dim=1)
     if margin is None:
         return positives, similar, largest
+    smallest = similar.amin(dim=1) if similar.shape[1] else torch.full_like(largest, float("inf"))
     hard = positives.there & (similar - margin < largest[:, None])
-    if not similar.shape[1]:
-        smallest = torch.full_like(largest, float("inf"))
-    else:
-        smallest = similar.masked_fill(~positives.there, float("inf")).amin(dim=1)
     floor = smallest - margin
     s.masked_fill_(s <= floor[:, None], float("-inf"))
     largest = largest.masked_fill(largest <= floor, float("-inf"))
-    return Padded(positives.columns, hard), similar, largest
+    return Padded(positives.columns, hard), similar.masked_fill_(~hard, float("inf")), largest
 
 
 def miners_pairs(block: Block) -> tuple[Padded, Tensor, Tensor]:
@@ -98,7 +102,7 @@ def miners_pairs(block: Block) -> tuple[Padded, Tensor, Tensor]:
     mask = torch.zeros_like(block.similarity, dtype=torch.bool)
     mask[block.chosen_near()] = True
     near = padded(mask)
-    similar = block.at(near)
+    similar = block.at(near).masked_fill_(~near.there, float("inf"))
     far = block.chosen_far()
     values = block.similarity[far]
     block.similarity.fill_(float("-inf"))
