@@ -17,6 +17,7 @@ FLOORS = [
     {"dml.training"},
     {"service", "eval"},
     {"dml.cli"},
+    {"dml.__main__"},
 ]
 HEIGHT = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 NEVER = {"service": {"dml.training", "dml.losses", "dml.models"}}  # the serving image ships without them

@@ -1,5 +1,11 @@
-"""`dml train`: a recipe and a folder in, a run folder out."""
+"""`dml train`: a recipe and a folder in, a run folder out.
 
+Several processes that torchrun has started train one model together; the first one speaks for all.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -36,25 +42,89 @@ def train(
     \b
     dml train photos/ --recipe cbml --out runs/photos --set train.epochs=20
     """
+    with one_voice():
+        run_command(
+            recipe,
+            read_overrides(overrides or [], seed=seed, source=data),
+            out or Path("runs") / Path(recipe).stem,
+            resume=resume,
+            final=final,
+            print_config=print_config,
+            json_lines=json_lines,
+        )
+
+
+def run_command(
+    recipe: str,
+    overrides: dict[str, str],
+    folder: Path,
+    *,
+    resume: str,
+    final: bool,
+    print_config: bool,
+    json_lines: bool,
+) -> None:
+    """What `dml train` does, with its options read."""
     from dml.config import load_recipe, recipe_tree
     from dml.errors import UsageError
 
     if resume not in ("auto", "no"):
         raise UsageError(f'--resume is "auto" or "no", got "{resume}"')
-    settings = load_recipe(recipe, read_overrides(overrides or [], seed=seed, source=data))
+    settings = load_recipe(recipe, overrides)
     if print_config:
         import tomli_w
 
-        typer.echo(tomli_w.dumps(recipe_tree(settings)), nl=False)
+        if speaks():
+            typer.echo(tomli_w.dumps(recipe_tree(settings)), nl=False)
         return
-    folder = out or Path("runs") / Path(recipe).stem
     finished = run_and_show(settings, folder, resume=resume == "auto", final=final)
-    if json_lines:
+    if json_lines and speaks():
         import json
 
         typer.echo(
             json.dumps({"run": str(folder), "encoder": str(finished.encoder), **vars(finished.standing)})
         )
+
+
+def speaks() -> bool:
+    """Whether this process prints: of several that torchrun has started, the first. Loads no torch."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Of several processes, the first that fails says why; the others end in silence with the same code.
+
+    Raises:
+        typer.Exit: another process has said it.
+        DmlError: another process is gone, and nobody could say why.
+    """
+    if os.environ.get("TORCHELASTIC_RUN_ID") is None or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    import logging
+
+    if not speaks():
+        logging.getLogger("dml").setLevel(logging.ERROR)  # every process skips the same pictures
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        from dml.errors import DmlError
+        from dml.training.processes import end_at_once, lost_another, told_by_another
+
+        code = getattr(error, "exit_code", 1)
+        told = told_by_another(code)
+        end_at_once(code if told is None else told)
+        if told is not None:
+            raise typer.Exit(told) from None
+        if lost_another(error):
+            raise DmlError(
+                "Another process of this run has ended (killed, out of memory, or its machine is gone). "
+                "Go on from the last checkpoint: the same command with --resume auto."
+            ) from None
+        raise
 
 
 def read_overrides(pairs: list[str], *, seed: int | None = None, source: str = "") -> dict[str, str]:
@@ -86,7 +156,7 @@ def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False):
     from dml.training.run import Evaluated, Finished, Started, check_source, train, train_final
 
     check_source(settings)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not speaks())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -97,7 +167,7 @@ def run_and_show(settings, folder: Path, *, resume: bool, final: bool = False):
     events = (train_final if final else train)(settings, folder, resume=resume)
     finished: Finished | None = None
     try:
-        with Progress(*columns, console=console, transient=True) as bar:
+        with Progress(*columns, console=console, transient=True, disable=not speaks()) as bar:
             task, figures, loss = bar.add_task("reading", total=None, figures=""), "", 0.0
             for event in events:
                 if isinstance(event, Started):
@@ -136,9 +206,22 @@ def describe(console, event) -> None:
         console.print(f"  skipped {bad.path}: {bad.reason}", style="yellow", markup=False)
     if len(event.bad) > 5:
         console.print(f"  … and {len(event.bad) - 5} more; all are listed in bad_images.csv", style="yellow")
+    together = f" in {event.processes} processes" if event.processes > 1 else ""
     resumed = f", going on behind step {event.resumed_at}" if event.resumed_at else ""
     console.print(
         f"Training on {event.images} pictures of {event.classes} classes, {event.parameters:,} parameters, "
-        f"{event.total_steps} steps{resumed}",
+        f"{event.total_steps} steps{together}{resumed}",
         highlight=False,
     )
+    if hint := unused_gpus(event.device.type, event.processes):
+        console.print(hint, highlight=False, markup=False)
+
+
+def unused_gpus(device: str, processes: int) -> str:
+    """How to use all GPUs of this machine, where one process trains on one of several; else nothing."""
+    import torch
+
+    gpus = torch.cuda.device_count() if device == "cuda" and processes == 1 else 0
+    if gpus < 2:
+        return ""
+    return f"This machine has {gpus} GPUs, one is used. All: torchrun --nproc-per-node {gpus} -m dml train …"

@@ -21,14 +21,24 @@ AUGMENTATIONS: dict[str, str] = {
 class Augmentation(Protocol):
     """The same changes in two forms: for a whole batch kept in memory, and for one decoded picture."""
 
-    def on_batch(self, pictures: Tensor, aspect: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    def on_batch(
+        self,
+        pictures: Tensor,
+        aspect: Tensor,
+        size: int,
+        generator: torch.Generator,
+        part: slice = slice(None),
+    ) -> Tensor:
         """Change and cut a batch.
 
         Args:
             pictures: (B, C, H, W) uint8, whole pictures squeezed into a square.
-            aspect: (B,) width / height of each picture before it was squeezed.
+            aspect: (G,) width / height of each picture of the whole batch before it was squeezed.
             size: side of the result in pixels.
             generator: source of all randomness, on the CPU.
+            part: which B of the whole batch's G rows `pictures` are, where several processes share it; what
+                is drawn for a row must not depend on it. Without this argument whole batches are given, and
+                cut afterwards.
 
         Returns:
             (B, C, size, size) float32 in [0, 1].
@@ -74,13 +84,20 @@ class Standard:
         if not 0 <= self.rotation <= 180:
             raise ValueError(f"rotation must be 0 to 180 degrees, got {self.rotation}")
 
-    def on_batch(self, pictures: Tensor, aspect: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    def on_batch(
+        self,
+        pictures: Tensor,
+        aspect: Tensor,
+        size: int,
+        generator: torch.Generator,
+        part: slice = slice(None),
+    ) -> Tensor:
         theta = self._views(aspect.cpu(), generator)
         factors = 1 + (2 * torch.rand(3, len(aspect), generator=generator) - 1) * torch.tensor(
             [[self.brightness], [self.contrast], [self.saturation]]
         )
-        cut = view(pictures, theta.to(pictures.device), size)
-        return jitter(cut, *factors.to(pictures.device))
+        cut = view(pictures, theta[part].to(pictures.device), size)
+        return jitter(cut, *factors[:, part].to(pictures.device))
 
     def _views(self, aspect: Tensor, generator: torch.Generator) -> Tensor:
         """(B, 2, 3) affine maps from the square of the result, [-1, 1]², into that of the stored picture.
@@ -125,7 +142,15 @@ class Standard:
 class Unchanged:
     """The middle square, with no randomness: for checks, and for sets that are augmented already."""
 
-    def on_batch(self, pictures: Tensor, aspect: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    def on_batch(
+        self,
+        pictures: Tensor,
+        aspect: Tensor,
+        size: int,
+        generator: torch.Generator,
+        part: slice = slice(None),
+    ) -> Tensor:
+        aspect = aspect[part]
         theta = torch.zeros(len(aspect), 2, 3)
         theta[:, 0, 0] = (1 / aspect).clamp(max=1)
         theta[:, 1, 1] = aspect.clamp(max=1)

@@ -5,6 +5,7 @@ are decoded by worker processes with torchvision's transforms. Either way batch 
 every run, so that a resumed run goes on as if it had never stopped.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -199,8 +200,18 @@ def _numbers(records: Sequence[Record], classes: Sequence[str]) -> np.ndarray:
     return np.array([number[r.label] for r in records if r.label is not None], dtype=np.int64)
 
 
+class _Draw(NamedTuple):
+    rows: Indices  # of the whole batch
+    seed: int
+    own: slice  # those of this process
+
+
 class TrainingBatches:
-    """Batches of a run: `for batch in batches.epoch(3, start=17)` goes on at step 17 of epoch 3."""
+    """Batches of a run: `for batch in batches.epoch(3, start=17)` goes on at step 17 of epoch 3.
+
+    Where `parts` processes train together, number `part` gets its contiguous slice of every batch, with the
+    augmentation that it would have in one process: side by side the slices are that process's batch.
+    """
 
     def __init__(
         self,
@@ -210,8 +221,15 @@ class TrainingBatches:
         *,
         seed: int,
         device: torch.device | str = "cpu",
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
+        if not 0 <= part < parts or sampler.batch_size % parts:
+            raise ValueError(
+                f"a batch of {sampler.batch_size} cannot be cut into {parts} equal parts with a number {part}"
+            )
         self.source, self.sampler, self.augmentation, self.seed = source, sampler, augmentation, seed
+        self.part, self.parts = part, parts
         self.device = torch.device(device)
         self._pixels = None if source.pixels is None else source.pixels.to(self.device)
 
@@ -225,38 +243,57 @@ class TrainingBatches:
         Raises:
             TooManyBadImages: when pictures read on the way turn out to be damaged, beyond the limit.
         """
+        size = self.sampler.batch_size // self.parts
+        own = slice(self.part * size, (self.part + 1) * size)
         drawn = enumerate(self.sampler.epoch(number, start=start), start)
-        yield from self._batches((rows, _seed(self.seed, number, step)) for step, rows in drawn)
+        yield from self._batches(_Draw(rows, _seed(self.seed, number, step), own) for step, rows in drawn)
 
     def sweep(self, number: int, *, size: int = 256) -> Iterator[Batch]:
         """Every picture once, in order and augmented as in training, for statistics of the set.
 
+        Of several processes each gets every so manieth batch.
+
         Raises:
             TooManyBadImages: as `epoch`.
         """
-        cuts = torch.arange(len(self.source)).split(size)
+        cuts = list(enumerate(torch.arange(len(self.source)).split(size)))
         # Seeds of their own, apart from those of the epoch's steps.
         yield from self._batches(
-            (rows.numpy(), _seed(self.seed, number, step, SWEEP)) for step, rows in enumerate(cuts)
+            _Draw(rows.numpy(), _seed(self.seed, number, step, SWEEP), slice(0, len(rows)))
+            for step, rows in cuts[self.part :: self.parts]
         )
 
-    def _batches(self, drawn: Iterable[tuple[Indices, int]]) -> Iterator[Batch]:
+    def _batches(self, drawn: Iterable[_Draw]) -> Iterator[Batch]:
         if self._pixels is None:
             yield from self._from_disk(drawn)
             return
-        for rows, seed in drawn:
-            yield self._from_memory(self._pixels, torch.from_numpy(rows), seed)
+        for draw in drawn:
+            yield self._from_memory(self._pixels, draw)
 
-    def _from_memory(self, pixels: Tensor, rows: Tensor, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        size = self.source.config.image_size
-        there = rows.to(self.device)
-        pictures = self.augmentation.on_batch(pixels[there], self.source.aspect[rows], size, generator)
-        return Batch(there, self.source.normalize(pictures), self.source.labels[rows].to(self.device))
+    def _from_memory(self, pixels: Tensor, draw: _Draw) -> Batch:
+        rows = torch.from_numpy(draw.rows)
+        own = rows[draw.own]
+        there = own.to(self.device)
+        pictures = self._augmented(pixels, rows, draw)
+        return Batch(there, self.source.normalize(pictures), self.source.labels[own].to(self.device))
 
-    def _from_disk(self, drawn: Iterable[tuple[Indices, int]]) -> Iterator[Batch]:
+    def _augmented(self, pixels: Tensor, rows: Tensor, draw: _Draw) -> Tensor:
+        """The own pictures of a batch, changed as they would be in the whole batch."""
+        generator = torch.Generator().manual_seed(draw.seed)
+        size, aspect = self.source.config.image_size, self.source.aspect[rows]
+        change, own = self.augmentation.on_batch, rows[draw.own]
+        if len(own) == len(rows):
+            return change(pixels[rows.to(self.device)], aspect, size, generator)
+        if "part" in inspect.signature(change).parameters:
+            return change(pixels[own.to(self.device)], aspect, size, generator, part=draw.own)
+        return change(pixels[rows.to(self.device)], aspect, size, generator)[draw.own]
+
+    def _from_disk(self, drawn: Iterable[_Draw]) -> Iterator[Batch]:
         config = self.source.config
-        plan = [[(int(row), _seed(seed, place)) for place, row in enumerate(rows)] for rows, seed in drawn]
+        plan = [
+            [(int(row), _seed(draw.seed, place)) for place, row in enumerate(draw.rows)][draw.own]
+            for draw in drawn
+        ]
         transform = self.augmentation.on_picture(config.image_size, squash=config.fit == "squash")
         pictures = _OnDisk(self.source, transform)
         loader = DataLoader(
@@ -284,13 +321,16 @@ def training_batches(
     *,
     seed: int,
     device: torch.device | str = "cpu",
+    part: int = 0,
+    parts: int = 1,
 ) -> TrainingBatches:
     """Batches that depend on (seed, epoch, step) only.
 
     Args:
         device: where pictures kept in memory are held and augmented, and where batches end up.
+        part, parts: the number of this process, and how many share every batch.
     """
-    return TrainingBatches(source, sampler, augmentation, seed=seed, device=device)
+    return TrainingBatches(source, sampler, augmentation, seed=seed, device=device, part=part, parts=parts)
 
 
 class _Sample(NamedTuple):

@@ -97,6 +97,14 @@ class Embedder(nn.Module):
             attention=attention,
         )
 
+    def synchronize_batch_norm(self) -> None:
+        """Make BatchNorm measure the batches of all processes together. Only for GPUs; names of parameters
+        stay as they are.
+        """
+        from timm.layers import convert_sync_batchnorm  # torch's own loses the activation in timm's layers
+
+        self.trunk = convert_sync_batchnorm(self.trunk)
+
     def project(self, pooled: Tensor) -> Tensor:
         """The head, in float32: it costs nothing, and half precision would cost neighbours."""
         kind = pooled.device.type

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dml.data.batch import Batch
 from dml.training.objective import Batches, Candidates, Progress
+from dml.training.processes import added_up, connected, from_everyone
 
 BLOCK = 256
 """Classes corrected at once: neither C × C distances nor C × K × D variances are ever held as a whole."""
@@ -212,7 +213,8 @@ class IntraClassAugmentation(nn.Module):
 
         The model runs as in training (augmented pictures, its own choice of frozen layers); the running
         statistics of its normalisation layers are left as they were, and so are the random numbers it draws
-        from.
+        from. Several processes share the work: each gives its part of the batches, and all end with the
+        statistics of the whole.
 
         Raises:
             ValueError: a batch without class ids, or an empty pass.
@@ -223,7 +225,7 @@ class IntraClassAugmentation(nn.Module):
             torch.zeros(self.num_classes, self.dim, **wide),
             torch.zeros_like(self.count),
         )
-        seen = []
+        seen = [torch.zeros(2, 0, dtype=torch.int64, device=self.mean.device)]
         with as_in_training(model):
             for batch in batches:
                 if batch.labels is None:
@@ -233,10 +235,13 @@ class IntraClassAugmentation(nn.Module):
                 self.check(raw, labels)
                 total = merge_moments(total, class_moments(raw, labels, self.num_classes))
                 seen.append(torch.stack([batch.ids.to(raw.device), labels]))
-        if not seen:
+        pictures = torch.cat(seen, dim=1)
+        if connected():
+            total = moments_of_everyone(total)
+            pictures = torch.cat(from_everyone(pictures.cpu()), dim=1).to(self.mean.device)
+        if not pictures.numel():
             raise ValueError("IAA found no batches in its pass over the training set")
-        distinct = torch.cat(seen, dim=1).unique(dim=1)
-        self.images.copy_(torch.bincount(distinct[1], minlength=self.num_classes))
+        self.images.copy_(torch.bincount(pictures.unique(dim=1)[1], minlength=self.num_classes))
         mean, variance, count = total
         self.merge(mean.to(self.mean.dtype), variance.to(self.mean.dtype), count)
 
@@ -341,6 +346,19 @@ def merge_moments(known: Moments, new: Moments, *, least: float = 0.0) -> Moment
     w = torch.where(new_count > 0, exact.clamp_min(least), 0)[:, None]
     merged = (1 - w) * variance + w * new_variance + w * (1 - w) * (mean - new_mean).square()
     return (1 - w) * mean + w * new_mean, merged, count + new_count
+
+
+def moments_of_everyone(own: Moments) -> Moments:
+    """The moments of the rows of all processes together, the same bits on each.
+
+    As sums of deviations from the common mean: nothing large is subtracted.
+    """
+    mean, variance, count = own
+    total = added_up(count)
+    n = count[:, None].to(mean.dtype)
+    divisor = total.clamp_min(1)[:, None].to(mean.dtype)
+    middle = added_up(n * mean) / divisor
+    return middle, added_up(n * (variance + (mean - middle).square())) / divisor, total
 
 
 def to_unit_range(chosen: Tensor, distances: Tensor, finite: Tensor) -> Tensor:

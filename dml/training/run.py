@@ -10,6 +10,8 @@ A run folder holds::
     bad_images.csv     pictures that could not be read
     checkpoints/       last.pt to resume from, best.safetensors
     encoder/           what everyone else loads
+
+Of several processes the first alone writes all of this, and decides; the others follow.
 """
 
 import csv
@@ -22,7 +24,7 @@ import platform
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,12 +33,11 @@ from typing import Any
 import numpy as np
 import tomli_w
 import torch
-from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
 from dml.config import Recipe, TrainConfig, recipe_tree
 from dml.data.augment import build_augmentation
-from dml.data.images import ImageSource, batches_of, training_batches
+from dml.data.images import ImageSource, TrainingBatches, batches_of, training_batches
 from dml.data.reading import check_share
 from dml.data.sampler import ClassBalancedSampler
 from dml.data.split import Splits, divide
@@ -45,14 +46,18 @@ from dml.encoder.artifact import save_encoder
 from dml.encoder.preprocess import Preprocess
 from dml.errors import ConfigError, DataError, TrainingDiverged
 from dml.imaging import BadImage
-from dml.metrics import RetrievalMetrics, retrieval_metrics
+from dml.metrics import retrieval_metrics
 from dml.models import build_model
 from dml.storage import storage_errors, write_aside
-from dml.training.checkpoint import Standing, load_checkpoint, save_checkpoint
+from dml.training import processes
+from dml.training.checkpoint import Standing, load_checkpoint, randomness, save_checkpoint
 from dml.training.loop import Learner, Step, learning_rate_schedule, make_optimizer, steps
-from dml.training.supervised import build_objective
+from dml.training.objective import Objective
+from dml.training.supervised import Supervised, build_objective
 
 LAST = "checkpoints/last.pt"
+VALIDATION_BATCH = 256
+"""Pictures embedded at a time; processes share the validation split by whole batches."""
 LOCK = ".lock"
 """File in a run folder that is locked while a process trains there."""
 
@@ -71,6 +76,8 @@ class Started:
     parameters: int
     total_steps: int
     resumed_at: int  # steps that an earlier process has done
+    device: torch.device
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,14 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[Event]
     Stopping the iteration early loses nothing that a checkpoint has seen; with `resume` the next call goes
     on from it and gives, on the same CPU with as many threads, the numbers of a run that was never stopped.
 
+    Processes started by torchrun train together: each iterates over its own call. An error that one of them
+    meets is raised there; the others cannot go on without it, and wait until torchrun ends them.
+
     Raises:
         ConfigError: `out` holds another run, or parts of the recipe do not fit together.
         DataError: the pictures cannot be used for training.
     """
-    with run_folder(out, resume=resume):
+    with processes.joined(recipe.train), run_folder(out, resume=resume):
         yield from Fit(recipe, out, resume=resume).events()
 
 
@@ -115,12 +125,18 @@ def train_final(recipe: Recipe, out: Path, *, resume: bool = False) -> Iterator[
     The selected run is `out/selection`. The second model has seen every class, so nothing is left to measure
     it on: its encoder carries the selected model's figures, labelled as such.
     """
-    chosen: Standing | None = None
-    for event in train(recipe, out / "selection", resume=resume):
-        if isinstance(event, Finished):
-            chosen = event.standing
-        yield event
-    assert chosen is not None  # train() always ends with Finished
+    with processes.joined(recipe.train):
+        chosen: Standing | None = None
+        for event in train(recipe, out / "selection", resume=resume):
+            if isinstance(event, Finished):
+                chosen = event.standing
+            yield event
+        assert chosen is not None  # train() always ends with Finished
+        yield from train_on_everything(recipe, out, chosen, resume=resume)
+
+
+def train_on_everything(recipe: Recipe, out: Path, chosen: Standing, *, resume: bool) -> Iterator[Event]:
+    """The second half of `train_final`."""
     with run_folder(out, resume=resume):
         fit = Fit(recipe, out, resume=resume, steps=chosen.best_step)
         fit.figures_of = {
@@ -141,16 +157,8 @@ class Fit:
         self.figures_of: dict[str, Any] | None = None
         self.digest = recipe_digest(recipe)
         self.last, self.best = out / LAST, out / "checkpoints" / "best.safetensors"
-        if config.accelerator == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                'train.accelerator is "cuda", and torch finds no GPU here. Use "auto" or "cpu".'
-            )
+        processes.check_accelerator(config)
         seed_everything(config.seed)
-        self.fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=1,
-            precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
-        )
         self.table = open_table(recipe.data.source)
         self.splits = divide(self.table, recipe.data)
         records = all_records(self.splits) if self.everything else self.splits.train
@@ -160,30 +168,21 @@ class Fit:
         mean, std = self.model.input_stats
         self.preprocess = Preprocess(size=recipe.data.image_size, fit=recipe.data.fit, mean=mean, std=std)
         self.source = ImageSource(records, classes=self.classes, config=recipe.data, mean=mean, std=std)
-        classes_per_batch, images_per_class = batch_shape(config, len(self.classes))
-        sampler = ClassBalancedSampler(
-            self.source.labels.numpy(),
-            classes_per_batch=classes_per_batch,
-            images_per_class=images_per_class,
-            steps_per_epoch=config.steps_per_epoch,
-            seed=config.seed,
-        )
-        self.batches = training_batches(
-            self.source,
-            sampler,
-            build_augmentation(recipe.data.augmentation),
-            seed=config.seed,
-            device=self.fabric.device,
-        )
-        self.total = config.epochs * len(self.batches) if steps is None else steps
         objective = build_objective(
             recipe, num_classes=len(self.classes), dim=self.model.dim, channels=self.model.channels
         )
+        self.fabric = processes.make_fabric(config, search_unused=self.some_unused(objective))
+        self.batches = self.make_batches()
+        self.total = config.epochs * len(self.batches) if steps is None else steps
+        processes.check_same(processes.from_everyone(self.identity()))
+        self.synchronize_batch_norm()
         learner = Learner(self.model, objective)
         optimizer = make_optimizer(learner, config)
         self.learner, self.optimizer = self.fabric.setup(learner, optimizer)
+        if processes.process_rank():  # else dropout would draw the same for every process
+            seed_everything(config.seed + processes.process_rank() * 1_000_003)
         self.standing = Standing()
-        if resume and self.last.exists():
+        if resume and processes.from_first(self.last.exists()):
             self.standing = load_checkpoint(self.last, self.learner, self.optimizer, self.identity())
         self.bad: list[BadImage] = list(self.source.bad)
         self.validation = (
@@ -191,7 +190,55 @@ class Fit:
         )
         read = len(records) + (0 if self.everything else len(self.splits.validation))
         check_share(self.bad, read, recipe.data.max_bad_share)
-        self.write_description()
+        if processes.is_first():
+            self.write_description()
+
+    def make_batches(self) -> TrainingBatches:
+        """The training pictures, cut into batches, of which this process gets its slice."""
+        config, classes = self.recipe.train, len(self.classes)
+        classes_per_batch, images_per_class = batch_shape(config, classes)
+        processes.check_batch(classes_per_batch, images_per_class, available=classes)
+        sampler = ClassBalancedSampler(
+            self.source.labels.numpy(),
+            classes_per_batch=classes_per_batch,
+            images_per_class=images_per_class,
+            steps_per_epoch=config.steps_per_epoch,
+            seed=config.seed,
+        )
+        return training_batches(
+            self.source,
+            sampler,
+            build_augmentation(self.recipe.data.augmentation),
+            seed=config.seed,
+            device=self.fabric.device,
+            part=processes.process_rank(),
+            parts=processes.process_count(),
+        )
+
+    def some_unused(self, objective: Objective) -> bool:
+        """Whether there may be parameters that a step leaves without a gradient, for which the processes
+        would wait in vain."""
+        if processes.process_count() == 1:
+            return False
+        if not isinstance(objective, Supervised):
+            return True
+        foreign = [m for m in objective.modules() if any(True for _ in m.parameters(recurse=False))]
+        known = ("dml.", "torch.", "pytorch_metric_learning.")
+        if not all(type(m).__module__.startswith(known) for m in foreign):
+            return True
+        size = self.recipe.data.image_size
+        return bool(processes.unreached(self.model, torch.zeros(2, 3, size, size), objective.reads()))
+
+    def synchronize_batch_norm(self) -> None:
+        """Raises ConfigError: it was asked for on a CPU."""
+        if not self.recipe.train.sync_batch_norm or processes.process_count() == 1:
+            return
+        if self.fabric.device.type != "cuda":
+            raise ConfigError(
+                "train.sync_batch_norm works on GPUs only, and this run is on the CPU. Set it to false, and "
+                "model.freeze_batch_norm to true where the numbers must not depend on the processes."
+            )
+        self.model.synchronize_batch_norm()
 
     def events(self) -> Iterator[Event]:
         """The whole run."""
@@ -209,6 +256,8 @@ class Fit:
             parameters=sum(p.numel() for p in self.model.parameters()),
             total_steps=self.total,
             resumed_at=self.standing.step,
+            device=self.fabric.device,
+            processes=processes.process_count(),
         )
 
     def identity(self) -> dict[str, str]:
@@ -225,23 +274,36 @@ class Fit:
         """Train to the end, or until nothing gets better any more."""
         config, standing = self.recipe.train, self.standing
         began = time.monotonic() - standing.seconds
-        with Log(self.out, keep_up_to=standing.step) as log:
+        writes = processes.is_first()
+        with Log(self.out, keep_up_to=standing.step) if writes else nullcontext() as log:
             for step in self.steps():
                 standing.step, standing.seconds = step.number, time.monotonic() - began
-                log.step(step, standing.seconds)
+                if log is not None:
+                    log.step(step, standing.seconds)
                 self.refuse_divergence(step)
                 yield step
                 last = step.number == self.total
                 if step.number % len(self.batches) and not last:
                     continue
+                self.after_epoch()
                 epoch = step.epoch + 1
                 if self.validation is not None and (epoch % config.evaluate_every == 0 or last):
                     yield self.evaluate(step, log)
                 if epoch % config.checkpoint_every == 0 or last or self.out_of_patience():
-                    log.flush()
+                    if log is not None:
+                        log.flush()
                     self.save()
                 if self.out_of_patience():
                     return
+
+    def after_epoch(self) -> None:
+        """Bring together what each process has found out on its own slices."""
+        if processes.process_count() == 1:
+            return
+        processes.average_running_statistics(self.model)
+        found = {bad.path: bad for part in processes.from_everyone(self.source.bad) for bad in part}
+        self.source.bad[:] = found.values()
+        check_share(self.source.bad, len(self.source) + len(self.source.bad), self.recipe.data.max_bad_share)
 
     def out_of_patience(self) -> bool:
         return 0 < self.recipe.train.patience <= self.standing.evaluations_since_best
@@ -276,8 +338,11 @@ class Fit:
             clip_norm=self.recipe.train.clip_norm,
         )
 
-    def evaluate(self, step: Step, log: "Log") -> Evaluated:
-        """Measure on the validation split; keep the weights when they are the best so far."""
+    def evaluate(self, step: Step, log: "Log | None") -> Evaluated:
+        """Measure on the validation split; keep the weights when they are the best so far.
+
+        Every process gets the first one's figures, so that all agree on the best and on when to stop.
+        """
         assert self.validation is not None
         figures = self.validation.figures(self.model, self.fabric.device)
         better = figures["map_at_r"] > self.standing.best_value
@@ -288,24 +353,38 @@ class Fit:
             self.keep_weights()
         else:
             self.standing.evaluations_since_best += 1
-        log.evaluation(step, figures, self.standing.seconds)
+        if log is not None:
+            log.evaluation(step, figures, self.standing.seconds)
         return Evaluated(step.number, step.epoch, figures, better)
 
     def keep_weights(self) -> None:
+        if not processes.is_first():
+            return
         weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         write_aside(self.best, lambda aside: save_file(weights, aside))
 
     def save(self) -> None:
-        save_checkpoint(self.last, self.learner, self.optimizer, self.standing, self.identity())
+        others = processes.to_first(randomness())[1:]
+        if processes.is_first():
+            save_checkpoint(
+                self.last, self.learner, self.optimizer, self.standing, self.identity(), others=others
+            )
 
     def finish(self) -> Finished:
         """Write the encoder of the best weights (of the last ones where nothing was selected)."""
-        if self.validation is not None and self.best.exists():
-            self.model.load_state_dict(load_file(self.best))
-        else:
+        best = self.validation is not None and processes.from_first(self.best.exists())
+        if not best:
             self.standing.best_step = self.standing.step
-        self.model.to("cpu").eval()
         encoder = self.out / "encoder"
+        if processes.is_first():
+            if best:
+                self.model.load_state_dict(load_file(self.best))
+            self.write_encoder(encoder)
+        processes.from_first(None)  # the others wait
+        return Finished(encoder, self.standing, stopped_early=self.standing.step < self.total)
+
+    def write_encoder(self, encoder: Path) -> None:
+        self.model.to("cpu").eval()
         save_encoder(
             self.model,
             self.preprocess,
@@ -315,7 +394,6 @@ class Fit:
             model_config=self.recipe.model,
             image_size=self.recipe.data.image_size,
         )
-        return Finished(encoder, self.standing, stopped_early=self.standing.step < self.total)
 
     def provenance(self) -> dict[str, Any]:
         figures = self.figures_of or {
@@ -353,7 +431,10 @@ def csv_text(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 class Validation:
-    """The held-out split, decoded once when it fits in memory, measured again and again."""
+    """The held-out split, decoded once when it fits in memory, measured again and again.
+
+    Several processes share the embedding; the first compares and measures.
+    """
 
     def __init__(
         self, records: Sequence[Record], preprocess: Preprocess, recipe: Recipe, bad: list[BadImage]
@@ -363,20 +444,32 @@ class Validation:
         labels = sorted({r.label for r in records if r.label is not None})
         index = {label: number for number, label in enumerate(labels)}
         self.labels = np.array([index[r.label] for r in records if r.label is not None])
+        turns = np.arange(len(records)) // VALIDATION_BATCH % processes.process_count()
+        self.own = np.flatnonzero(turns == processes.process_rank())  # positions that this process embeds
         bytes_needed = len(records) * 3 * preprocess.size**2 * 4
-        self.kept = list(self.read(bad)) if bytes_needed <= recipe.data.memory_gb * 1e9 / 2 else None
+        self.kept = None
+        if bytes_needed <= recipe.data.memory_gb * 1e9 / 2:
+            found: list[BadImage] = []
+            self.kept = list(self.read(found))
+            bad += [b for part in processes.from_everyone(found) for b in part]
 
     def read(self, bad: list[BadImage]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return iter(batches_of(self.records, self.preprocess, batch_size=256, workers=self.workers, bad=bad))
+        """(positions in the split, pictures), in batches, of what this process embeds."""
+        records = [self.records[i] for i in self.own.tolist()]
+        made = batches_of(
+            records, self.preprocess, batch_size=VALIDATION_BATCH, workers=self.workers, bad=bad
+        )
+        return ((self.own[rows], pixels) for rows, pixels in made)
 
     def figures(self, model: torch.nn.Module, device: torch.device) -> dict[str, float]:
         """MAP@R, R-Precision and Recall@1, 2, 4, 8 of the split searched in itself."""
-        metrics = self.measure(model, device)
-        recalls = {f"recall_at_{k}": value for k, value in metrics.recall.items()}
-        return {"map_at_r": metrics.map_at_r, "r_precision": metrics.r_precision, **recalls}
+        parts = processes.to_first(self.embed(model, device))
+        measured = self.measure(parts) if processes.is_first() else {}
+        return processes.from_first(measured)
 
     @torch.no_grad()
-    def measure(self, model: torch.nn.Module, device: torch.device) -> RetrievalMetrics:
+    def embed(self, model: torch.nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) positions and (n, D) unit embeddings of what this process embeds."""
         training = model.training
         model.eval()
         rows, vectors = [], []
@@ -384,7 +477,18 @@ class Validation:
             rows.append(positions)
             vectors.append(model(torch.from_numpy(pixels).to(device)).unit.float().cpu().numpy())
         model.train(training)
-        return retrieval_metrics(np.concatenate(vectors), self.labels[np.concatenate(rows)])
+        if not rows:
+            return np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float32)
+        return np.concatenate(rows), np.concatenate(vectors)
+
+    def measure(self, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+        """The figures of what all processes have embedded, in the order of the split."""
+        parts = [part for part in parts if len(part[0])]
+        rows, vectors = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(rows)
+        metrics = retrieval_metrics(vectors[order], self.labels[rows[order]])
+        recalls = {f"recall_at_{k}": value for k, value in metrics.recall.items()}
+        return {"map_at_r": metrics.map_at_r, "r_precision": metrics.r_precision, **recalls}
 
 
 class Log:
@@ -452,7 +556,13 @@ def whole_line_up_to(line: str, step: int) -> bool:
 
 @contextmanager
 def run_folder(out: Path, *, resume: bool) -> Iterator[None]:
-    """Make the run folder and keep it for this process; refuse to write over anything."""
+    """Make the run folder and keep it for this process; refuse to write over anything.
+
+    Of several processes the first does so for all.
+    """
+    if not processes.is_first():
+        yield
+        return
     if out.is_file():
         raise ConfigError(f"{out} is a file; --out must be a folder.")
     if (out / LAST).exists() and not resume:

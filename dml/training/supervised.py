@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from dml.models.output import Output
 from dml.registry import check_arguments, construct, resolve
 from dml.training import METHODS, STAGES
 from dml.training.objective import Batches, Candidates, Objective, Progress
+from dml.training.processes import connected, everyones, everyones_with_gradient
 
 
 class Supervised(Objective):
@@ -24,6 +26,10 @@ class Supervised(Objective):
     One step: the model embeds the batch; `clean` drops rows; `augment` and `memory` add candidates; the loss
     compares the remaining rows with the batch and all candidates; regularisers add weighted terms; the batch
     is remembered.
+
+    Where several processes train together, all this happens on the batches of all of them, gathered behind
+    the model: every process computes the same, on the rows that one process would have seen, and no stage
+    has to know. A stage's own random numbers must then be the same everywhere; IAA's are.
 
     Args:
         loss: ours, pytorch-metric-learning's or any other; see `adapt`.
@@ -56,7 +62,11 @@ class Supervised(Objective):
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if batch.labels is None:
             raise DataError("Supervised training needs labels, and a batch came without any.")
-        output, labels, ids = model(batch.inputs), batch.labels, batch.ids
+        output: Output = model(batch.inputs)
+        if connected():
+            output, batch = self.gather(output, batch)
+        labels, ids = batch.labels, batch.ids
+        assert labels is not None
         terms: dict[str, Tensor] = {}
         keep = self.trusted(output, labels, batch)
         if keep is not None:
@@ -73,6 +83,26 @@ class Supervised(Objective):
             self.memory.add(output.unit.detach(), labels, ids)  # type: ignore[operator]
         return {"loss": total, **terms}
 
+    def gather(self, output: Output, batch: Batch) -> tuple[Output, Batch]:
+        """What all processes have embedded, as one batch; only own rows are attached to the model.
+
+        Its `inputs` stay those of this process: nobody reads them any more.
+        """
+        rows = {name: getattr(output, name) for name in self.reads()}
+        known = {name: getattr(batch, name) for name in ("ids", "labels", "labelled")}
+        return (
+            Output(**{name: everyones_with_gradient(row) for name, row in rows.items() if row is not None}),
+            replace(batch, **{name: everyones(part) for name, part in known.items() if part is not None}),
+        )
+
+    def reads(self) -> tuple[str, ...]:
+        """The fields of the model's output that the loss, a stage or a regulariser looks at.
+
+        In one order in every process: gathering pairs the first with the first, whatever it is.
+        """
+        fields = {"raw", "unit"} | {getattr(r, "reads", "unit") for r in self.regularizers.values()}
+        return tuple(sorted(fields))
+
     def trusted(self, output: Output, labels: Tensor, batch: Batch) -> Tensor | None:
         """(B,) bool rows that are labelled and that the cleaner trusts; None: all, nobody asked."""
         keep = batch.labelled
@@ -85,7 +115,8 @@ class Supervised(Objective):
         """The loss of the batch beside all its candidates, whose numbers are noted in `terms`."""
         rows = output.raw if self.loss.takes == "raw" else output.unit
         if not len(rows):
-            return rows.sum()  # nobody was trusted: 0, still connected to the model
+            # Nobody was trusted: 0, still connected to everything that learns.
+            return rows.sum() + nothing_of(self.loss, rows)
         parts = [Candidates(rows, labels, ids)]
         if self.augment is not None:
             synthetic = self.augment(output.raw, labels, ids)
@@ -183,7 +214,15 @@ class Adapter(nn.Module):
                     ref_emb = ref_emb.to(embeddings.dtype)
                 value = self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         # A loss that finds nothing to compare may return a bare 0, and the optimiser needs a gradient.
-        return value if value.requires_grad else value + 0 * embeddings.sum()
+        if value.requires_grad:
+            return value
+        return value + 0 * embeddings.sum() + nothing_of(self.loss, embeddings)
+
+
+def nothing_of(module: nn.Module, like: Tensor) -> Tensor:
+    """0, with a gradient of 0 for each of a module's parameters: all processes wait for each of them."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return sum((0 * p.sum() for p in parameters), start=like.new_zeros(()))
 
 
 LIBRARY = "BaseMetricLossFunction"
