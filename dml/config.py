@@ -73,7 +73,8 @@ class DataConfig:
     max_bad_share: float = 0.05
     """Unreadable pictures are skipped and listed; a run fails when more than this share of them is."""
     memory_gb: float = 2.0
-    """Decoded training pictures are kept in memory as uint8 when they fit in this many gigabytes."""
+    """Decoded training pictures are kept in memory as uint8 when they fit in this many gigabytes (in each
+    process)."""
     workers: int = 2
     """Processes that decode pictures when they are not kept in memory; 0: none beside the one that trains."""
 
@@ -135,7 +136,8 @@ class TrainConfig:
     """Optimiser steps in an epoch; 0: as many as it takes to show as many images as there are."""
     classes_per_batch: int = 16
     images_per_class: int = 4
-    """Batch size is the product of the two: every anchor then has positives and negatives."""
+    """Batch size is the product of the two: every anchor then has positives and negatives. It is that of all
+    processes together."""
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
     learning_rate: float = 1e-3
     loss_learning_rate: float = 0.0
@@ -153,6 +155,8 @@ class TrainConfig:
     """Gradients longer than this are shortened to it; 0: never."""
     precision: Literal["float32", "bfloat16"] = "float32"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    sync_batch_norm: bool = False
+    """Several GPUs: BatchNorm measures the whole batch instead of each process's slice."""
     seed: int = 0
     evaluate_every: int = 2
     """Epochs between evaluations on the validation split. MAP@R there chooses the checkpoint."""
