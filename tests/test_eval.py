@@ -1,4 +1,4 @@
-"""`dml eval`, `python -m eval.recall`, the stage table and the speed table, on real pictures and parts."""
+"""`dml eval`, `python -m eval.recall`, the stage table, on real pictures and parts."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from dml.data.table import Record, open_table
 from dml.errors import DataError, GateNotMet, TooManyBadImages, UsageError
 from dml.metrics import retrieval_metrics
-from eval import recall, speed
+from eval import recall
 from eval.evaluate import Selection, choose, evaluate, ids_of
 from eval.gate import check_gates, read_gates, read_ks
 from eval.served import compare_stages, spread
@@ -350,32 +350,3 @@ class TestCommand:
         assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert done.returncode == code or (arguments == ["missing"] and done.returncode in (1, 2))
-
-
-class TestSpeed:
-    def test_the_memory_check_runs_inside_its_limit(self):
-        few = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
-        command = [sys.executable, "-m", "eval.speed", "memory", "--rows", "8000", "--dim", "64"]
-        done = subprocess.run(
-            [*command, "--limit-gib", "2"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, **few},
-        )
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        assert 0 < found["before_gib"] <= found["peak_gib"] < 1
-        assert 0 < found["figures"]["map@r"] < 1
-
-    def test_all_contenders_agree_and_are_in_the_table(self, tmp_path, capsys):
-        out = tmp_path / "speed.json"
-        arguments = ["metrics", "--rows", "600", "--dim", "32", "--repeats", "1", "--loop", "--out", str(out)]
-        assert speed.main(arguments) == 0
-        found = json.loads(out.read_text())
-        assert found["machine"]["processor"]
-        names = [row["name"] for row in found["sizes"][0]["contenders"]]
-        assert names[0] == "dml"
-        assert "loop over queries" in names
-        assert found["sizes"][0]["agreement"] < 1e-5
-        assert "x limit" in capsys.readouterr().out

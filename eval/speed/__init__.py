@@ -1,0 +1,1 @@
+"""How fast, against whom: one file per table, and the race, the memory and the page they share."""
