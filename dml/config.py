@@ -61,7 +61,7 @@ class DataConfig:
     validation_share: float = 0.2
     """Share of the classes (open-set) or of each class's images (closed-set) that selects the model."""
     test_share: float = 0.2
-    """The same for the test split, when the data has none of its own."""
+    """The same for the test split, when the data has none of its own; 0: no test split."""
     split_seed: int = 0
     """Decides what is held out. Apart from train.seed, so that seeds of one comparison share a split."""
     image_size: int = 64
@@ -79,10 +79,12 @@ class DataConfig:
     """Processes that decode pictures when they are not kept in memory; 0: none beside the one that trains."""
 
     def __post_init__(self) -> None:
-        for name in ("validation_share", "test_share"):
-            share = getattr(self, name)
-            if not 0 < share < 1:
-                raise ValueError(f"{name} must be between 0 and 1 (both excluded), got {share}")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(
+                f"validation_share must be between 0 and 1 (both excluded), got {self.validation_share}"
+            )
+        if not 0 <= self.test_share < 1:
+            raise ValueError(f"test_share must be at least 0 and below 1, got {self.test_share}")
         if self.validation_share + self.test_share >= 1:
             raise ValueError(
                 f"validation_share {self.validation_share} and test_share {self.test_share} "

@@ -14,6 +14,7 @@ from dml.startup import prepare_process
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("dml.cli.train:train", "Learn an embedding from labelled pictures."),
     "eval": ("dml.cli.eval:eval", "Measure an encoder: Recall@K, MAP@R, a report with pictures."),
+    "bench": ("dml.cli.bench:app", "Compare methods fairly, and repeat what was measured."),
     "encoder": ("dml.cli.encoder:app", "Make, export and check encoders."),
     "embed": ("dml.cli.encoder:embed", "Turn a folder of pictures into vectors."),
     "index": ("dml.cli.index:app", "Build and change collections of pictures."),

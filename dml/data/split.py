@@ -122,7 +122,7 @@ def divide(table: ImageTable, config: DataConfig) -> Splits:
     if len(labelled) < len(table):
         notes.append(f"{len(table) - len(labelled):,} images without a label take no part")
     hold_out = _hold_out_classes if protocol == "open-set" else _hold_out_images
-    if not given["test"] and not given["query"]:
+    if not given["test"] and not given["query"] and config.test_share:
         pool, given["test"] = hold_out(pool, config.test_share, config, "test", notes)
     if not given["validation"]:
         # A share of what was there before the test split was taken, so that both shares mean the same thing.

@@ -1,0 +1,153 @@
+"""A process that takes one free run after the other until nothing is left.
+
+Which runs are free follows from the result files and from locks, so any number of workers, of one command or
+of several, share the work without talking to each other.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from dml.errors import DmlError
+from dml.startup import prepare_process
+from eval.benchmark.folds import open_pictures
+from eval.benchmark.measure import Bench, measure
+from eval.benchmark.plan import parameters_of, standing
+from eval.benchmark.results import Item, Place, check_row_results, locked, read_row, write_result
+from eval.benchmark.suite import load_suite
+
+PAUSE = 1.0
+"""Seconds until a worker looks again when every run that is ready is taken by another."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is asked to do."""
+
+    suite: str
+    data: str
+    results: str  # RESULTS/SUITE
+    work: str  # WORK/SUITE
+    rows: tuple[str, ...]
+    until: Literal["trials", "seeds"] = "seeds"
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a worker tells."""
+
+    kind: Literal["began", "step", "done", "failed", "idle"]
+    row: str = ""
+    item: str = ""
+    step: int = 0
+    steps: int = 0
+    value: float = 0.0  # validation MAP@R
+    seconds: float = 0.0
+    text: str = ""
+
+
+Tell = Callable[[Event], None]
+
+
+def work(order: Order, tell: Tell) -> None:
+    """Do runs until none is left for these rows. A row whose run cannot be done at all is left alone."""
+    import torch
+
+    suite = load_suite(order.suite)
+    torch.set_num_threads(suite.protocol.threads)
+    for name in ("lightning.fabric", "lightning_fabric"):  # it announces its precision for every run
+        logging.getLogger(name).setLevel(logging.WARNING)
+    place = Place(Path(order.results))
+    bench = Bench(suite, open_pictures(suite, order.data, place.results), Path(order.work))
+    broken: set[str] = set()
+    for row in order.rows:
+        check_row_results(suite, row, read_row(place, row), bench.settings)
+    while True:
+        left, done = 0, False
+        for row in order.rows:
+            if row in broken:
+                continue
+            now = standing(suite, row, read_row(place, row), until=order.until)
+            left += now.most_left
+            for item in now.ready:
+                try:
+                    done = attempt(bench, place, item, tell)
+                except DmlError as error:
+                    broken.add(row)
+                    tell(Event("failed", row, item.name, text=str(error)))
+                if done or row in broken:
+                    break
+            if done:
+                break
+        if done:
+            continue
+        if not left or broken >= set(order.rows):
+            return
+        tell(Event("idle"))
+        time.sleep(PAUSE)
+
+
+def attempt(bench: Bench, place: Place, item: Item, tell: Tell) -> bool:
+    """Do a run unless another process has it or has done it; whether it was done here."""
+    with locked(place, f"{item.row}.{item.name}") as mine:
+        path = place.file(item.row, item.name)
+        results = read_row(place, item.row)
+        # Between planning and locking, another process may have done it, or pruned its trial.
+        if not mine or item not in standing(bench.suite, item.row, results).ready:
+            return False
+        tell(Event("began", item.row, item.name))
+
+        def report(step: int, steps: int) -> None:
+            tell(Event("step", item.row, item.name, step, steps))
+
+        result = measure(bench, item, parameters_of(bench.suite, item, results), report)
+        write_result(path, result)
+        tell(
+            Event(
+                "done",
+                item.row,
+                item.name,
+                value=result["figures"]["map_at_r"],
+                seconds=result["seconds"],
+                text=result.get("failure", ""),
+            )
+        )
+        return True
+
+
+def main() -> int:
+    """A worker of its own process: the order as JSON in its first argument, events as JSON lines on stdout.
+
+    It ends when its standard input closes, so that it never outlives whoever started it.
+    """
+    prepare_process()
+    tree = json.loads(sys.argv[1])
+    order = Order(**{**tree, "rows": tuple(tree["rows"])})
+    threading.Thread(target=end_with_the_starter, daemon=True).start()
+
+    def tell(event: Event) -> None:
+        print(json.dumps(asdict(event)), flush=True)
+
+    try:
+        work(order, tell)
+    except DmlError as error:
+        tell(Event("failed", text=str(error)))
+        return error.exit_code
+    return 0
+
+
+def end_with_the_starter() -> None:
+    """Wait until standard input closes, then end at once: result files are whole or not there."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
