@@ -6,17 +6,22 @@ the loss turn their similarities into its value and, in place, into G, and adds 
 size B × N is kept for a backward pass, and no memory grows with B × N at all: the largest matrix is a block.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from dml.losses.pairs import Choice, IndicesTuple, Kin, Padded, Relations, check, within
 
 BLOCK = {"cpu": 2**20, "cuda": 2**27}
 """Numbers in a block of similarities: on a CPU what its cache holds, on a GPU what keeps it busy."""
+ANCHORS, LARGEST_BLOCK = 256, 2**27
+"""A block has so many anchors even where it outgrows the cache, since thin products are slow; but no more
+numbers than this."""
 TINY, HUGE = 1e-15, 1e15
 """Rows of a length beyond these are scaled first: squares of their entries would overflow or vanish."""
 
@@ -220,7 +225,7 @@ class Blocks:
         # A candidate that shares a label takes some numbers of its own beside its similarity.
         row = self.width + 8 * min(relations.widest, self.width)
         budget = BLOCK.get(anchors.device.type, BLOCK["cuda"])
-        self.height = min(len(anchors), max(1, budget // row))
+        self.height = min(len(anchors), max(1, budget // row, min(ANCHORS, LARGEST_BLOCK // row)))
 
     def __iter__(self) -> Iterator[Block]:
         space = self.anchors.new_empty(self.height, self.width)
@@ -328,7 +333,10 @@ def soft_total(similarity: Tensor, *, center: float, scale: float, largest: Tens
     """
     shift = largest.clamp_min(0)
     start = -scale * center - shift
-    odds = torch.add(start[:, None], similarity, alpha=scale, out=similarity).exp_()
+    exponents = torch.add(start[:, None], similarity, alpha=scale, out=similarity)
+    # What exp() could only give as a denormal number is nothing beside 1, and costs twenty times as much.
+    lowest = math.log(torch.finfo(similarity.dtype).tiny)
+    odds = functional.threshold_(exponents, lowest, float("-inf")).exp_()
     total = odds.sum(dim=1).add_((-shift).exp())
     return total.log().add_(shift), total.reciprocal_()
 
