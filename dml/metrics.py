@@ -14,6 +14,7 @@ Nothing here holds a queries x gallery matrix: similarities are made in blocks o
 against itself stays within 1 GB.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from dml.errors import DataError, MissingExtra, VectorError
 
 BLOCK_BYTES = 128 * 2**20
 """Memory for one block of similarities and what is made of it."""
+SAMPLED_DEPTH = 192
+"""From so many wanted results on, a bound is estimated on some columns instead of found on all of them."""
 
 Labels = Sequence[Any] | NDArray[Any]
 """One class per row, of any hashable kind. None: no class known, relevant to nothing."""
@@ -483,7 +486,7 @@ class _Height:
                 raise ValueError(f"block must be at least 1 row, got {self.given}")
             return self.given
         # float32 similarity, bool mask, and per selected item its key, flags and running precision
-        return max(1, BLOCK_BYTES // (5 * gallery + 48 * self.depth))
+        return max(1, BLOCK_BYTES // (5 * gallery + 64 * self.depth))
 
 
 def _blocks(
@@ -523,21 +526,11 @@ def _processors() -> int:
 def _best(similarity: NDArray[np.float32], k: int) -> tuple[Ints, NDArray[np.float32]]:
     """Positions and scores of the k largest of each row, ties by position; -1 where the score is -inf.
 
-    A bound that at least k entries of a row reach leaves only a few candidates to sort: the k-th largest of
-    the maxima of interleaved tiles (k tiles reach it, each with one entry at least), or of the row itself
-    when k is a large part of it.
+    Only entries at or above a bound that at least k of the row reach are sorted.
     """
     height, width = similarity.shape
-    depth = width // max(8 * k, min(512, width))  # entries per tile
-    if depth >= 4:
-        tiles = width // depth
-        maxima = similarity[:, : tiles * depth].reshape(height, depth, tiles).max(axis=1)
-        bound = np.partition(maxima, tiles - k, axis=1)[:, tiles - k]
-    else:
-        bound = np.partition(similarity, width - k, axis=1)[:, width - k]
-    candidates = np.flatnonzero(similarity >= bound[:, None])
+    candidates, counts = _at_least(similarity, k)
     rows = candidates // width
-    counts = np.bincount(rows, minlength=height)
     crowded = counts > 8 * k + 64  # many equal scores, as of a collapsed embedding
     if crowded.any():
         keep = ~crowded[rows]
@@ -551,9 +544,43 @@ def _best(similarity: NDArray[np.float32], k: int) -> tuple[Ints, NDArray[np.flo
         everything = _keys(similarity[row], np.arange(width))
         keys[row] = np.sort(np.partition(everything, k - 1)[:k])
     positions = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    scores = np.take_along_axis(similarity, positions, axis=1)
+    scores = _scores(keys)
     positions[np.isneginf(scores)] = -1
     return positions, scores
+
+
+def _at_least(similarity: NDArray[np.float32], k: int) -> tuple[Ints, Ints]:
+    """Flat places of all entries that reach a bound of their row, in order, and how many each row has (>= k).
+
+    The bound of a small k is the k-th largest of the maxima of interleaved tiles: k tiles reach it, each with
+    one entry at least. That of a large k is estimated on an eighth of the columns, drawn at random and a
+    little deeper than k / 8; the few rows where less than k entries reach it, and rows too short for either,
+    get the k-th largest entry itself.
+    """
+    height, width = similarity.shape
+    depth = width // max(8 * k, min(512, width))  # entries per tile
+    if k >= SAMPLED_DEPTH and width >= 2 * k:
+        columns = np.sort(np.random.default_rng(0).choice(width, width // 8, replace=False))
+        mean = k / 8
+        rank = int(mean + 3 * math.sqrt(mean)) + 2
+        sample = similarity.take(columns, axis=1)
+        bound = np.partition(sample, len(columns) - rank, axis=1)[:, len(columns) - rank]
+    elif depth >= 4:
+        tiles = width // depth
+        maxima = similarity[:, : tiles * depth].reshape(height, depth, tiles).max(axis=1)
+        bound = np.partition(maxima, tiles - k, axis=1)[:, tiles - k]
+    else:
+        bound = np.partition(similarity, width - k, axis=1)[:, width - k]
+    reach = similarity >= bound[:, None]
+    candidates = np.flatnonzero(reach)
+    counts = np.bincount(candidates // width, minlength=height)
+    short = np.flatnonzero(counts < k)
+    if len(short):
+        exact = np.partition(similarity[short], width - k, axis=1)[:, width - k]
+        reach[short] = similarity[short] >= exact[:, None]
+        candidates = np.flatnonzero(reach)
+        counts = np.bincount(candidates // width, minlength=height)
+    return candidates, counts
 
 
 def _keys(scores: NDArray[np.float32], positions: Ints) -> NDArray[np.uint64]:
@@ -564,6 +591,12 @@ def _keys(scores: NDArray[np.float32], positions: Ints) -> NDArray[np.uint64]:
     bits = (scores + np.float32(0)).view(np.uint32)  # + 0 makes -0 and 0 one number
     rising = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
     return (~rising).astype(np.uint64) << np.uint64(32) | positions.astype(np.uint64)
+
+
+def _scores(keys: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """The scores that `_keys` was given."""
+    rising = ~(keys >> np.uint64(32)).astype(np.uint32)
+    return np.where(rising >> 31, rising & np.uint32(0x7FFFFFFF), ~rising).view(np.float32)
 
 
 def _rank_of_best(similarity: NDArray[np.float32], members: Ints) -> int:

@@ -156,6 +156,69 @@ class TestAgainstTheDefinition:
         assert r_precision(points, labels) == measured.r_precision
 
 
+class TestManyRelevant:
+    """From `SAMPLED_DEPTH` relevant items on, a bound is estimated on some columns; figures stay exact."""
+
+    def agree_with_the_loop(self, rng, points, labels, queries=25):
+        measured = retrieval_metrics(points, labels)
+        some = rng.choice(np.flatnonzero(measured.counted), queries, replace=False)
+        ids = np.arange(len(labels))
+        first, average, precision = slow(
+            points[some], labels[some], points, labels, ids=some, gallery_ids=ids
+        )
+        assert measured.first_hit[some].tolist() == first.tolist()
+        np.testing.assert_allclose(measured.average_precision[some], average)
+        np.testing.assert_allclose(measured.precision_at_r[some], precision)
+
+    def test_thousands_relevant_in_classes_of_very_different_size(self, scale):
+        rng = np.random.default_rng(20)
+        for sizes in ((2200, 500, 193, 40, 3, 1), (700, 700, 700, 700)):
+            labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+            for _ in range(scale):
+                points = signs(rng, labels, flipped=5)
+                self.agree_with_the_loop(rng, points, labels)
+
+    def test_ties_and_duplicate_rows_in_order_of_position(self, scale):
+        rng = np.random.default_rng(21)
+        for _ in range(2 * scale):
+            labels = rng.integers(3, size=900)
+            points = unit_grid(rng, 900)  # six directions: 150 copies of each row
+            self.agree_with_the_loop(rng, points, labels)
+
+    def test_a_sample_that_misleads_is_noticed(self):
+        """The columns that the bound is estimated on hold all near rows, so the estimate is far too high."""
+        width, k = 1600, 200
+        sampled = np.random.default_rng(0).choice(width, width // 8, replace=False)
+        rng = np.random.default_rng(22)
+        angles = rng.uniform(1.0, 2.0, width)
+        angles[sampled] = rng.uniform(0.0, 0.5, len(sampled))
+        gallery = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        similarity = np.array([[1, 0]], np.float32) @ gallery.T
+        candidates, counts = metrics._at_least(similarity, k + 50)
+        assert counts[0] == len(candidates) == k + 50
+        found = neighbours(np.array([[1, 0]]), gallery, k + 50)
+        assert found.positions[0].tolist() == np.argsort(angles, kind="stable")[: k + 50].tolist()
+
+    @settings(max_examples=30, deadline=None)
+    @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 900), levels=st.sampled_from([1, 3, 40, 10**6]))
+    def test_the_best_are_those_of_a_full_sort_at_every_depth(self, seed, k, levels):
+        rng = np.random.default_rng(seed)
+        similarity = (rng.integers(-levels, levels + 1, size=(6, 900)) / levels).astype(np.float32)
+        similarity[rng.random(similarity.shape) < 0.01] = -np.inf
+        positions, scores = metrics._best(similarity, k)
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(similarity, order, axis=1)
+        assert (scores == best).all()
+        assert (positions == np.where(np.isneginf(best), -1, order)).all()
+
+
+def signs(rng, labels, *, flipped):
+    """Rows of ±1/4, some signs turned from those of the class: products are exact, ties real."""
+    rows = rng.choice([-0.25, 0.25], size=(labels.max() + 1, 16))[labels]
+    turned = rng.random(rows.shape).argsort(axis=1) < flipped
+    return np.where(turned, -rows, rows).astype(np.float32)
+
+
 def unit_grid(rng, rows):
     """Directions with few, exact products: ties are real ties, whatever the order of summation."""
     corners = np.array(
