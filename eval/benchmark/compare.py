@@ -15,7 +15,7 @@ from eval.benchmark.suite import Suite, dotted_keys, is_method, value_at
 SHOWN = ("map_at_r", "r_precision", "recall_at_1")
 TITLES = {"map_at_r": "MAP@R", "r_precision": "R-Precision", "recall_at_1": "Recall@1"}
 
-WIDE = 160
+WIDE = 200
 """Columns of a table that goes into a file or a pipe."""
 
 
@@ -136,6 +136,15 @@ def unlike_recipes(left: Result, right: Result) -> list[str]:
     return found
 
 
+def looked_at(results: RowResults) -> dict[int, Result]:
+    """Figures on the test classes that belong to the full runs as they are now."""
+    return {
+        seed: final
+        for seed, final in results.finals.items()
+        if seed in results.seeds and final["recipe_digest"] == results.seeds[seed]["recipe_digest"]
+    }
+
+
 def line_of(suite: Suite, name: str, found: Mapping[str, RowResults], looks: int) -> Line:
     row, results = suite.rows[name], found[name]
     now = standing(suite, name, results)
@@ -151,9 +160,9 @@ def line_of(suite: Suite, name: str, found: Mapping[str, RowResults], looks: int
         seeds=len(done),
         wanted=suite.protocol.seeds,
         figures=estimates(results.seeds),
-        test=estimates(results.finals),
+        test=estimates(looked_at(results)),
         difference=compared(results.seeds, base.seeds, share) if base else {},
-        test_difference=compared(results.finals, base.finals, share) if base else {},
+        test_difference=compared(looked_at(results), looked_at(base), share) if base else {},
         tuning_runs=len(results.trials),
         pruned=sum(trial.pruned for trial in now.trials),
         failures=sum("failure" in r for r in (*results.trials.values(), *done)),
@@ -242,17 +251,16 @@ def machines_of(everything: Sequence[Result]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def print_table(suite: Suite, place: Place) -> None:
+def print_table(table: Table) -> None:
     """The table on a terminal."""
     from rich.console import Console
     from rich.table import Table as Drawn
 
-    table = make_table(suite, place)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDE)
-    console.print(f"{suite.title}", style="bold", highlight=False)
-    for text in settings_lines(suite):
+    console.print(f"{table.suite.title}", style="bold", highlight=False)
+    for text in settings_lines(table.suite):
         console.print(text, highlight=False, markup=False)
     drawn = Drawn(box=None, pad_edge=False)
     drawn.add_column("row", no_wrap=True)

@@ -15,12 +15,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from dml.errors import DmlError
+from dml.errors import ConfigError, DmlError
 from dml.startup import prepare_process
 from eval.benchmark.folds import open_pictures
-from eval.benchmark.measure import Bench, measure
+from eval.benchmark.measure import Bench, identity, measure, run_recipe
 from eval.benchmark.plan import parameters_of, standing
-from eval.benchmark.results import Item, Place, check_row_results, locked, read_row, write_result
+from eval.benchmark.results import (
+    Item,
+    Place,
+    check_row_results,
+    differences,
+    locked,
+    read_result,
+    read_row,
+    write_result,
+)
 from eval.benchmark.suite import load_suite
 
 PAUSE = 1.0
@@ -37,6 +46,10 @@ class Order:
     work: str  # WORK/SUITE
     rows: tuple[str, ...]
     until: Literal["trials", "seeds"] = "seeds"
+    again: str = ""
+    """Instead of what is left: the run of this result file once more …"""
+    written: str = ""
+    """… with its result in this file."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +75,13 @@ def work(order: Order, tell: Tell) -> None:
 
     suite = load_suite(order.suite)
     torch.set_num_threads(suite.protocol.threads)
-    for name in ("lightning.fabric", "lightning_fabric"):  # it announces its precision for every run
-        logging.getLogger(name).setLevel(logging.WARNING)
+    name = "lightning_fabric.utilities.rank_zero"  # it announces its precision for every run
+    logging.getLogger(name).setLevel(logging.WARNING)
     place = Place(Path(order.results))
     bench = Bench(suite, open_pictures(suite, order.data, place.results), Path(order.work))
+    if order.again:
+        repeat_one(bench, Path(order.again), Path(order.written), tell)
+        return
     broken: set[str] = set()
     for row in order.rows:
         check_row_results(suite, row, read_row(place, row), bench.settings)
@@ -92,6 +108,30 @@ def work(order: Order, tell: Tell) -> None:
             return
         tell(Event("idle"))
         time.sleep(PAUSE)
+
+
+def repeat_one(bench: Bench, recorded: Path, written: Path, tell: Tell) -> None:
+    """The run of a result file once more.
+
+    Raises:
+        ConfigError: the suite or the defaults have changed, so that it would be another run.
+    """
+    old = read_result(recorded)
+    if old is None:
+        raise ConfigError(f"{recorded} is no result file")
+    item = Item(old["row"], old["phase"], old["number"], old["fold"])
+    new = identity(bench, item.row, run_recipe(bench, item, old["parameters"]))["recipe"]
+    changed = [
+        text for text in differences(old["recipe"], new) if not text.split(": ")[1].startswith("null ")
+    ]
+    if changed:
+        raise ConfigError(f"The run of {recorded} cannot be repeated, since {'; '.join(changed)}.")
+    tell(Event("began", item.row, item.name))
+
+    def report(step: int, steps: int) -> None:
+        tell(Event("step", item.row, item.name, step, steps))
+
+    write_result(written, measure(bench, item, old["parameters"], report))
 
 
 def attempt(bench: Bench, place: Place, item: Item, tell: Tell) -> bool:
@@ -145,7 +185,8 @@ def main() -> int:
 
 def end_with_the_starter() -> None:
     """Wait until standard input closes, then end at once: result files are whole or not there."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when Python ends
+        pass
     os._exit(1)
 
 
