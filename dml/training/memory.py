@@ -65,11 +65,11 @@ class CrossBatchMemory(nn.Module):
         return self._filled
 
     def forward(self) -> Candidates | None:
-        """The remembered rows, None while there are none; copies, which adding rows does not change."""
+        """The remembered rows, None while there are none; views, which the next `add` changes."""
         if not self._filled:
             return None
         rows = slice(0, self._filled)
-        return Candidates(self.embeddings[rows].clone(), self.labels[rows].clone(), self.ids[rows].clone())
+        return Candidates(self.embeddings[rows], self.labels[rows], self.ids[rows])
 
     @torch.no_grad()
     def add(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> None:

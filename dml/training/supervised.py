@@ -12,6 +12,7 @@ from dml.config import Part, Recipe
 from dml.data.batch import Batch
 from dml.errors import ConfigError, DataError
 from dml.losses import build_loss
+from dml.losses.kernel import PairLoss
 from dml.losses.pairs import IndicesTuple, relate, unit_rows
 from dml.models.output import Output
 from dml.registry import check_arguments, construct, resolve
@@ -122,9 +123,10 @@ class Supervised(Objective):
             synthetic = self.augment(output.raw, labels, ids)
             terms["synthetic"] = rows.new_tensor(0 if synthetic is None else len(synthetic.ids))
             if synthetic is not None:
-                unit = unit_rows(synthetic.embeddings).to(rows.dtype)
-                made = synthetic.embeddings.to(rows.dtype) if self.loss.takes == "raw" else unit
-                parts.append(synthetic._replace(embeddings=made))
+                made = synthetic.embeddings
+                if self.loss.takes == "unit" and not isinstance(self.loss, PairLoss):
+                    made = unit_rows(made)
+                parts.append(synthetic._replace(embeddings=made.to(rows.dtype)))
         if self.memory is not None:
             remembered = self.memory()
             terms["remembered"] = rows.new_tensor(0 if remembered is None else len(remembered.ids))
@@ -132,7 +134,10 @@ class Supervised(Objective):
                 parts.append(remembered._replace(embeddings=remembered.embeddings.to(rows.dtype)))
         if len(parts) == 1:
             return self.loss(rows, labels, ids=ids)
-        everyone, every_label, every_id = (torch.cat(column) for column in zip(*parts, strict=True))
+        columns, *known = zip(*parts, strict=True)
+        every_label, every_id = (torch.cat(column) for column in known)
+        # Ours take parts as they are: a copy of a large memory in each step would cost more than the loss.
+        everyone = columns if isinstance(self.loss, PairLoss) else torch.cat(columns)
         if not self.loss.candidates:
             return self.loss(everyone, every_label, ids=every_id)
         return self.loss(rows, labels, None, everyone, every_label, ids=ids, ref_ids=every_id)
