@@ -24,6 +24,9 @@ A suite is a TOML file::
     title = "Triplet + IAA"
     against = "triplet"                     # the row without the method
     …
+
+`like = "omniglot"` takes base, protocol and rows of another suite (a bundled name, or a file beside this one)
+and puts this file's over them.
 """
 
 import copy
@@ -250,12 +253,7 @@ def load_suite(source: str | Path) -> Suite:
             tuned key without a stated value inside its range.
     """
     path = suite_path(source)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    tree = suite_tree(path)
     try:
         suite = TypeAdapter(Suite).validate_python({**tree, "name": path.stem, "path": path})
     except ValidationError as error:
@@ -264,6 +262,25 @@ def load_suite(source: str | Path) -> Suite:
     for name in suite.rows:
         check_row(suite, name)
     return suite
+
+
+def suite_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a suite's file states, put over what it is like."""
+    if path in above:
+        raise ConfigError(f"{path} is like itself: {' → '.join(p.name for p in (*above, path))}")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    like = tree.pop("like", None)
+    if like is None:
+        return tree
+    beside = path.parent / str(like)
+    other = suite_tree(beside if beside.is_file() else suite_path(str(like)), (*above, path))
+    shared = {key: merged(other.get(key, {}), tree.get(key, {})) for key in ("base", "protocol", "rows")}
+    return {**tree, **shared}
 
 
 def suite_names() -> list[str]:
