@@ -63,31 +63,33 @@ class ContrastiveLoss(PairLoss):
         self.positive_margin, self.negative_margin = positive_margin, negative_margin
         self.measure, self.average = measure, average
 
-    def prepare(self, blocks: Blocks) -> tuple[float, float]:
+    def prepare(self, blocks: Blocks) -> "Known":
         """What a pull and a push count for: the batch size over the number of active ones, or 1."""
         if self.average == "anchors":
-            return 1.0, 1.0
+            return Known(1.0, 1.0, None)
         active = [0, 0]
+        charges = None
         for block in blocks:
-            for kind, charges in enumerate(self.charges(block)):
-                active[kind] += int((charges.values > 0).sum())
+            charges = self.charges(block)
+            for kind, charge in enumerate(charges):
+                active[kind] += int((charge.values > 0).sum())
         pulls, pushes = (len(blocks.anchors) / max(count, 1) for count in active)
-        return pulls, pushes
+        return Known(pulls, pushes, charges if blocks.single else None)
 
-    def charge(self, block: Block, known: tuple[float, float]) -> Charge:
-        pull, push = self.charges(block)
-        value = pull.values.sum() * known[0] + push.values.sum() * known[1]
+    def charge(self, block: Block, known: "Known") -> Charge:
+        pull, push = known.charges or self.charges(block)
+        value = pull.values.sum() * known.pulls + push.values.sum() * known.pushes
+        slope = self.slope(push, sign=1).mul_(known.pushes)
         if push.where is None:
-            block.similarity = self.slope(push, sign=1).mul_(known[1])
+            block.similarity = slope
         else:
-            block.similarity.zero_()
-            block.similarity.index_put_(push.where, self.slope(push, sign=1).mul_(known[1]), accumulate=True)
-        assert pull.where is not None
-        block.similarity.index_put_(pull.where, self.slope(pull, sign=-1).mul_(known[0]), accumulate=True)
+            block.similarity.zero_().index_put_(push.where, slope, accumulate=True)
+        slope = self.slope(pull, sign=-1).mul_(known.pulls)
+        block.similarity.index_put_(pull.where, slope, accumulate=True)
         return Charge(value, len(block))
 
     def charges(self, block: Block) -> "tuple[Charges, Charges]":
-        """What positives and negatives lack to their margins; the similarities stay as they are."""
+        """What positives and negatives lack to their margins. Not twice: the similarities are overwritten."""
         near = block.chosen_near() if block.chosen else entries(block.positives)
         far = block.chosen_far() if block.chosen else None
         similar = block.similarity[near]
@@ -122,8 +124,16 @@ class Charges(NamedTuple):
     """What some pairs lack to their margin."""
 
     values: Tensor  # at least 0
-    where: tuple[Tensor, Tensor] | None  # (rows, columns) of the pairs; None: all of the block
+    where: tuple[Tensor, Tensor] | None  # (rows, columns) of the pairs; None: the whole block
     distances: Tensor | None = None  # where the margins are distances
+
+
+class Known(NamedTuple):
+    """What one charge counts for, and the charges where one block holds them all."""
+
+    pulls: float
+    pushes: float
+    charges: tuple[Charges, Charges] | None
 
 
 def entries(places: Padded) -> tuple[Tensor, Tensor]:

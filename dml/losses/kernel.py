@@ -213,7 +213,8 @@ class UnitRows:
 class Blocks:
     """The similarities of all anchors with all candidates, block by block.
 
-    Iterating twice computes them twice, unless one block holds everything.
+    Where one block holds everything, every iteration gives that block, as the last one left it; otherwise
+    each computes the similarities again.
     """
 
     def __init__(
@@ -226,8 +227,17 @@ class Blocks:
         row = self.width + 8 * min(relations.widest, self.width)
         budget = BLOCK.get(anchors.device.type, BLOCK["cuda"])
         self.height = min(len(anchors), max(1, budget // row, min(ANCHORS, LARGEST_BLOCK // row)))
+        self.only = next(self.computed()) if self.single else None
+
+    @property
+    def single(self) -> bool:
+        """Whether one block holds all anchors."""
+        return self.height == len(self.anchors)
 
     def __iter__(self) -> Iterator[Block]:
+        return self.computed() if self.only is None else iter((self.only,))
+
+    def computed(self) -> Iterator[Block]:
         space = self.anchors.new_empty(self.height, self.width)
         for start in range(0, len(self.anchors), self.height):
             rows = slice(start, min(start + self.height, len(self.anchors)))
@@ -336,7 +346,7 @@ def soft_total(similarity: Tensor, *, center: float, scale: float, largest: Tens
     exponents = torch.add(start[:, None], similarity, alpha=scale, out=similarity)
     # What exp() could only give as a denormal number is nothing beside 1, and costs twenty times as much.
     lowest = math.log(torch.finfo(similarity.dtype).tiny)
-    odds = functional.threshold_(exponents, lowest, float("-inf")).exp_()
+    odds = functional.threshold(exponents, lowest, float("-inf"), inplace=True).exp_()
     total = odds.sum(dim=1).add_((-shift).exp())
     return total.log().add_(shift), total.reciprocal_()
 
