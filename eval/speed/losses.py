@@ -304,20 +304,22 @@ def speed_of_group(
     patience: float,
     memory_limit: float,
 ) -> list[dict[str, Any]]:
-    """Memory of each, agreement of each, then the race of those that are left."""
+    """Memory of each (not of what is compiled), agreement of each, then the race of those that are left."""
     small = Case(min(SMALL, case.batch), case.dim, case.copies)
     names = [LIMIT, *([] if case.copies else [FOLDED]), *contenders]
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
-        one_shape = name in contenders and contenders[name].compiled
+        rows[name] = {"name": name, "extra bytes": None, "problem": ""}
+        if name in contenders and contenders[name].compiled:
+            continue  # half a minute of compiling in yet another process
         peak = extra_memory(
             call_of,
             *(case, group, name, *options),
-            small=None if one_shape else (small, group, name, *options),
+            small=(small, group, name, *options),
             patience=patience,
             limit=memory_limit,
         )
-        rows[name] = {"name": name, "extra bytes": peak.extra, "problem": peak.problem}
+        rows[name] |= {"extra bytes": peak.extra, "problem": peak.problem}
     given = inputs(case)
     kept = [name for name in contenders if not rows[name]["problem"]]
     for name in kept:

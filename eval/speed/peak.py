@@ -43,15 +43,13 @@ class Peak(NamedTuple):
     problem: str  # why there are no figures; empty when there are
 
 
-def extra_memory(
-    make: Make, *arguments: Any, small: tuple[Any, ...] | None, patience: float, limit: float
-) -> Peak:
+def extra_memory(make: Make, *arguments: Any, small: tuple[Any, ...], patience: float, limit: float) -> Peak:
     """Run `make(*arguments)()` in a process of its own.
 
     Args:
         make: see `Make`.
         arguments: of the call to measure.
-        small: arguments of a small call made first; None: the same call (what is compiled for one shape).
+        small: arguments of a small call made first.
         patience: seconds until the process is ended, from the start of the call to measure.
         limit: GiB that the call may take besides its inputs.
     """
@@ -60,7 +58,7 @@ def extra_memory(
     if "forkserver" in ways:
         context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(theirs, make, arguments, small or arguments, limit))
+    process = context.Process(target=measure, args=(theirs, make, arguments, small, limit))
     process.start()
     theirs.close()
     try:
@@ -102,8 +100,6 @@ def measure(
     try:
         make(*small)()
         call = make(*arguments)
-        if small is arguments:
-            call()
         settle()
         connection.send(READY)
         connection.send(peak_of(call, limit))
