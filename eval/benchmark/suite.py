@@ -34,14 +34,14 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from dml.config import Recipe, explain, parse_recipe, put, recipe_tree
+from dml.config import Recipe, parse_recipe, put, recipe_tree
 from dml.errors import ConfigError
 
 FOLDER = Path(__file__).parent.parent / "suites"
@@ -257,7 +257,7 @@ def load_suite(source: str | Path) -> Suite:
     try:
         suite = TypeAdapter(Suite).validate_python({**tree, "name": path.stem, "path": path})
     except ValidationError as error:
-        problems = "\n".join(f"  {explain(problem)}" for problem in error.errors())
+        problems = "\n".join(f"  {explained(problem)}" for problem in error.errors())
         raise ConfigError(f"{path} is not a valid suite:\n{problems}") from None
     for name in suite.rows:
         check_row(suite, name)
@@ -300,6 +300,28 @@ def suite_path(source: str | Path) -> Path:
     raise ConfigError(
         f'There is no suite "{source}".{hint} Bundled: {", ".join(suite_names())}; or give a .toml file.'
     )
+
+
+def explained(problem: Any) -> str:
+    """One line for one problem that pydantic found, with a hint where a key is misspelt."""
+    location = problem["loc"]
+    if problem["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{'.'.join(map(str, location))}: {problem['msg'].removeprefix('Value error, ')}"
+    match location[:-1]:
+        case ("data",):
+            here: type = SuiteData
+        case ("protocol",):
+            here = Protocol
+        case ("rows", _):
+            here = Row
+        case ("rows", _, "space", _):
+            here = Dimension
+        case _:
+            here = Suite
+    known = [f.name for f in fields(here) if f.name not in ("name", "path")] + ["like"] * (here is Suite)
+    guess = get_close_matches(str(location[-1]), known, n=1)
+    hint = f' Did you mean "{guess[0]}"?' if guess else ""
+    return f"{'.'.join(map(str, location))}: unknown key.{hint} Known here: {', '.join(known)}"
 
 
 def check_row(suite: Suite, name: str) -> None:
