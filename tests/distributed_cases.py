@@ -17,6 +17,7 @@ from dml.config import ModelConfig, Part, Recipe, Term, TrainConfig
 from dml.data.batch import Batch
 from dml.errors import ConfigError, DataError
 from dml.losses import LOSSES, MultiSimilarityLoss
+from dml.models import build_model
 from dml.models.output import Output
 from dml.training import processes
 from dml.training.loop import Learner, steps
@@ -104,14 +105,26 @@ class Mortal(MultiSimilarityLoss):
 
     calls = 0
 
-    def forward(self, *args: Any, **named: Any) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Any = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        ref_ids: Tensor | None = None,
+    ) -> Tensor:
         self.calls += 1
         if os.environ.get("RANK") == "1":
             if os.environ.get("DML_TEST_KILL_AT") == str(self.calls):
                 os.kill(os.getpid(), signal.SIGKILL)
             if os.environ.get("DML_TEST_FAIL_AT") == str(self.calls):
                 raise DataError("the second process cannot read its pictures")
-        return super().forward(*args, **named)
+        return super().forward(
+            embeddings, labels, indices_tuple, ref_emb, ref_labels, ids=ids, ref_ids=ref_ids
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +174,7 @@ def objective_of(recipe: Recipe) -> Supervised:
 
 
 def play(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """Train for an epoch of three steps and a step; what every step's gradients were, and what is left at the end.
+    """Train for an epoch of three steps and one more: every step's gradients, and what is left at the end.
 
     In float32 weights hardly move: the gradients of every step are then those at the same weights, while
     statistics and memory fill.
@@ -197,8 +210,41 @@ def main() -> None:
     torch.save(played, Path(sys.argv[1]) / f"{processes.process_rank()}.pt")
 
 
+def synchronized_gradients(batch: Batch, *, parts: int) -> dict[str, Tensor]:
+    """Gradients of one step of the small trunk with BatchNorm on a GPU."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(dim=DIM), image_size=32)
+    objective = objective_of(Recipe(loss=Part("proxy_anchor")))
+    learner: nn.Module = Learner(model, objective).cuda()
+    if parts > 1:
+        model.synchronize_batch_norm()
+        learner = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False)
+    learner(vars(batch.to("cuda")))["loss"].backward()
+    return {
+        name.removeprefix("module."): p.grad.cpu()
+        for name, p in learner.named_parameters()
+        if p.grad is not None
+    }
+
+
+def compare_batch_norm() -> None:
+    """Save the gradients of one process, then those of two that share its GPU and its batch."""
+    labels = torch.arange(16) // 4
+    inputs = (
+        torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)) + labels[:, None, None, None]
+    )
+    batch, rank, out = Batch(torch.arange(16), inputs, labels), processes.process_rank(), Path(sys.argv[1])
+    torch.backends.cudnn.allow_tf32 = False
+    if rank == 0:
+        torch.save(synchronized_gradients(batch, parts=1), out / "alone.pt")
+    torch.distributed.init_process_group("gloo")
+    own = {name: part.chunk(2)[rank] for name, part in vars(batch).items() if part is not None}
+    torch.save(synchronized_gradients(Batch(**own), parts=2), out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     sys.modules["distributed_cases"] = sys.modules[
         "__main__"
     ]  # recipes name classes of this file by import path
-    main()
+    compare_batch_norm() if "batch-norm" in sys.argv else main()

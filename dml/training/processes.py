@@ -22,8 +22,9 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -108,6 +109,8 @@ def make_fabric(config: TrainConfig, *, search_unused: bool = False) -> Fabric:
     precision = "bf16-mixed" if config.precision == "bfloat16" else "32-true"
     if process_count() == 1:
         return Fabric(accelerator=config.accelerator, devices=1, precision=precision)
+    # A hint on speed about 1 x 1 convolutions, which nobody here can act on.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     # Buffers (a memory of a million rows) are equal everywhere or local on purpose; they never travel.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -307,7 +310,7 @@ def lost_another(error: Exception) -> bool:
 
 
 def told_by_another(code: int) -> int | None:
-    """The exit code of the process that has already reported an error; None: this one is to report.
+    """The exit code of the process that has already met an error, once it has told; None: this one is to.
 
     They agree through torchrun's own store, which lives as long as torchrun. Where it cannot be reached, the
     first process of each machine reports.
@@ -317,19 +320,16 @@ def told_by_another(code: int) -> int | None:
     """
     mine = f"{process_rank()}:{code}"
     try:
-        store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=5),
-        )
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = agents_store()
         # returns what is there now: ours only if nobody came before
-        there = store.compare_set(f"dml/failed/{restart}", "", mine).decode()
+        there = store.compare_set(store_key("failed"), "", mine).decode()
     except (RuntimeError, OSError):
         return None if os.environ["LOCAL_RANK"] == "0" else code
-    return None if there == mine else int(there.partition(":")[2])
+    if there == mine:
+        return None
+    with suppress(RuntimeError):  # torchrun ends all as soon as one has ended: not before it was told
+        store.wait([store_key("told")], timedelta(seconds=10))
+    return int(there.partition(":")[2])
 
 
 def end_at_once(code: int) -> None:
@@ -338,6 +338,24 @@ def end_at_once(code: int) -> None:
     def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        with suppress(RuntimeError, OSError):
+            agents_store().set(store_key("told"), "")
         os._exit(code)
 
     atexit.register(leave)  # the last one registered runs first
+
+
+def agents_store() -> "distributed.TCPStore":  # pyright: ignore[reportPrivateImportUsage]
+    """A connection to the store of torchrun."""
+    return distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=5),
+    )
+
+
+def store_key(what: str) -> str:
+    """A name in the store for this attempt: torchrun may start all processes again."""
+    return f"dml/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
