@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 from distributed_cases import DTYPES, all_cases, play
 from safetensors.torch import load_file
 
-from dml.config import DataConfig, Part, TrainConfig, load_recipe
+from dml.cli.train import unused_gpus
+from dml.config import DataConfig, ModelConfig, Part, TrainConfig, load_recipe
 from dml.data.augment import Standard, build_augmentation
 from dml.data.images import ImageSource, TrainingBatches, training_batches
 from dml.data.sampler import ClassBalancedSampler
@@ -95,6 +96,19 @@ def test_synchronised_batch_norm_has_the_gradients_of_one_process(tmp_path: Path
             torch.testing.assert_close(part[name], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("trunk", ["tiny", "efficientnet_b0"])
+def test_synchronised_batch_norm_is_the_same_model(trunk: str) -> None:
+    """Names of weights stay, so that checkpoints and encoders fit; and so do activations inside the layer."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(trunk=trunk, dim=8), image_size=32).eval()
+    names, picture = list(model.state_dict()), torch.randn(2, 3, 32, 32)
+    expected = model(picture).raw
+    model.synchronize_batch_norm()
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model.eval()(picture).raw, expected)
+
+
 # -------- batches
 
 
@@ -156,7 +170,9 @@ def test_the_processes_share_a_sweep_without_a_gap_or_a_picture_twice(
     assert all(torch.equal(picture, whole[i]) for i, picture in cut)
 
 
-def test_a_batch_that_cannot_be_shared_equally_names_numbers_that_fit(monkeypatch) -> None:
+def test_a_batch_that_cannot_be_shared_equally_names_numbers_that_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     processes.check_batch(6, 2, available=10)
@@ -166,6 +182,30 @@ def test_a_batch_that_cannot_be_shared_equally_names_numbers_that_fit(monkeypatc
     for fits in ((10, 6), (10, 8), (8, 7)):
         assert "train.classes_per_batch={} and train.images_per_class={}".format(*fits) in told
     assert "classes_per_batch=12" not in told  # there are only ten
+
+
+@pytest.mark.parametrize(
+    ("here", "everywhere", "gpus", "message"),
+    [
+        ("4", "4", 1, r"4 processes on this machine, which has 1 GPU\. Use --nproc-per-node 1, or"),
+        ("2", "3", 2, r"2 processes on this machine and 3 in all.*the same --nproc-per-node"),
+    ],
+)
+def test_processes_that_do_not_fit_the_machine_are_refused(
+    here: str, everywhere: str, gpus: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in (("TORCHELASTIC_RUN_ID", "1"), ("WORLD_SIZE", everywhere), ("LOCAL_WORLD_SIZE", here)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        processes.check_accelerator(TrainConfig())
+
+
+def test_gpus_that_are_not_used_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert "has 4 GPUs, one is used" in unused_gpus("cuda", 1)
+    assert "torchrun --nproc-per-node 4 -m dml train" in unused_gpus("cuda", 1)
+    assert unused_gpus("cuda", 4) == unused_gpus("cpu", 1) == ""
 
 
 def test_processes_with_different_data_are_told_apart() -> None:
