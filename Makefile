@@ -14,7 +14,7 @@ PORT   ?= 8000
 EXTRAS := train,cpu,serve,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-long soak lint format types licences lock openapi clean
+.PHONY: help env demo test test-long soak lint format types licences lock openapi benchmarks clean
 
 help:
 	@echo "make demo [DATA=folder] [SERVE=0] [PORT=8000] [OUT=folder]   from pictures to a search page"
@@ -24,6 +24,7 @@ help:
 	@echo "make lint types licences   what CI checks besides the tests"
 	@echo "make env [TORCH=cpu|auto]  only the environment in $(VENV)"
 	@echo "make openapi       renew docs/openapi.json"
+	@echo "make benchmarks    renew docs/benchmarks.md from the result files"
 	@echo "make lock          renew requirements.txt"
 
 env: $(VENV)/.ready
@@ -75,6 +76,9 @@ lock:
 
 openapi: env
 	$(BIN)/python -m service.openapi > docs/openapi.json
+
+benchmarks: env
+	$(BIN)/dml bench compare --write docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """What our commands set for their own process before anything heavy is loaded.
 
-Only entry points call this (`dml`, the service with it, and `python -m eval.compare`): importing the library
+Only entry points call this (`dml`, the service with it, and the benchmark's workers): importing the library
 changes nothing. A variable that the user has set stays as it is.
 """
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from dml.errors import ConfigError, DataError, UsageError
 from eval.benchmark.claims import freeze, look
 from eval.benchmark.compare import make_table
 from eval.benchmark.folds import Folds, make_folds, open_pictures, pictures_digest, stored_folds
+from eval.benchmark.page import write_page
 from eval.benchmark.plan import (
     Trial,
     best_parameters,
@@ -135,8 +137,6 @@ def measured(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(measured: Path, tmp_path: Path) -> Path:
     """A copy of those results, in a git repository of its own with everything committed."""
-    import shutil
-
     folder = tmp_path / "mine"
     shutil.copytree(measured, folder)
     (folder / ".gitignore").write_text("work/\n")
@@ -556,6 +556,36 @@ def test_the_plot_shows_every_measured_row_and_is_the_same_again(measured: Path)
     assert "prefers-color-scheme: dark" in drawn
 
 
+def test_the_page_of_benchmarks_is_what_the_result_files_give(tmp_path: Path) -> None:
+    """Of the committed result files: runs that go on meanwhile do not count."""
+    listed = subprocess.run(["git", "ls-files", "eval/results"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        files = [path for path in (ROOT / "eval" / "results").rglob("*") if path.is_file()]
+    else:
+        files = [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    for path in files:
+        copy = tmp_path / path.relative_to(ROOT / "eval")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    written = write_page(tmp_path / "docs" / "benchmarks.md", tmp_path / "results")
+    for path in written:
+        committed = ROOT / "docs" / path.relative_to(tmp_path / "docs")
+        assert path.read_text() == committed.read_text(), f"{committed.name} is old: make benchmarks"
+
+
+def test_a_setting_at_the_edge_of_its_range_is_noted(copied: Path) -> None:
+    suite, place = load_suite(copied / "mini.toml"), place_in(copied)
+    for number in range(suite.protocol.trials):
+        for fold in range(2):
+            path = place.file("triplet", f"trial-{number:02d}-fold-{fold}")
+            if path.is_file():
+                result = json.loads(path.read_text())
+                result["parameters"]["loss.args.margin"] = 0.499
+                write_result(path, result)
+    [note] = make_table(suite, place).notes
+    assert "triplet (loss.args.margin = 0.499)" in note
+
+
 # Claims
 
 
@@ -617,8 +647,6 @@ def test_an_interrupted_look_goes_on_and_counts_once(copied: Path, shapes: Path)
 
 
 def test_a_lost_encoder_is_trained_again(copied: Path, shapes: Path) -> None:
-    import shutil
-
     frozen_and_committed(copied, "contrastive")
     [lost] = (copied / "work" / "mini" / "contrastive").glob("seed-0-*")
     shutil.rmtree(lost)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import log
 from statistics import median
 from typing import Any
 
@@ -232,12 +233,48 @@ def notes_on(suite: Suite, found: Mapping[str, RowResults]) -> tuple[str, ...]:
         notes.append(
             f"{len(codes)} versions of the code made these rows; they differ in dml/{', dml/'.join(changed)}"
         )
+    edges = edge_notes(suite, found)
+    if edges:
+        notes.append(
+            "the best setting lies at the edge of its range, and a wider one may be better: "
+            + "; ".join(edges)
+        )
     diverged = [
         name for name, results in found.items() if any("failure" in r for r in results.seeds.values())
     ]
     if diverged:
         notes.append(f"full runs that diverged count as 0 in: {', '.join(diverged)}")
     return tuple(notes)
+
+
+EDGE = 0.05
+"""A chosen value within this share of a range from its end lies at its edge."""
+
+
+def edge_notes(suite: Suite, found: Mapping[str, RowResults]) -> list[str]:
+    """ "row (key = value)" for chosen settings at the edge of their range."""
+    notes = []
+    for name, results in found.items():
+        best = standing(suite, name, results).best or {}
+        for key, value in best.items():
+            dimension = suite.rows[name].space[key]
+            if dimension.choices:
+                continue
+            low, high = (log(v) if dimension.log else v for v in dimension.range)
+            share = ((log(value) if dimension.log else value) - low) / (high - low)
+            if not EDGE < share < 1 - EDGE:
+                notes.append(f"{name} ({key} = {value:g})")
+    return notes
+
+
+def in_words(tree: Mapping[str, Any]) -> str:
+    """ "scale 0.6 to 1, flip 0" """
+    texts = []
+    for key, value in tree.items():
+        if isinstance(value, list):
+            value = " to ".join(f"{v:g}" for v in value) if len(value) == 2 else "-".join(map(str, value))
+        texts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(texts)
 
 
 def machines_of(everything: Sequence[Result]) -> tuple[str, ...]:
@@ -323,12 +360,12 @@ def settings_lines(suite: Suite) -> list[str]:
     weights = "pretrained weights" if model.pretrained or model.weights else "random weights"
     norm = "frozen" if model.freeze_batch_norm else "trained"
     steps = f"{train.epochs} epochs" + (f" of {train.steps_per_epoch} steps" if train.steps_per_epoch else "")
-    args = f" {model.trunk_args}" if model.trunk_args else ""
-    crop = recipe.data.augmentation.args or "defaults"
+    args = f" ({in_words(model.trunk_args)})" if model.trunk_args else ""
+    crop = in_words(data.augmentation.args) or "its defaults"
     return [
         f"trunk {model.trunk}{args}, {weights}; {model.pooling} pooling, {model.dim} dimensions, "
         f"BatchNorm {norm}",
-        f"{data.image_size} px ({data.fit}), augmentation {data.augmentation.name} {crop}",
+        f"{data.image_size} px ({data.fit}), augmentation {data.augmentation.name}: {crop}",
         f"batch {train.classes_per_batch} classes x {train.images_per_class}, {train.optimizer} "
         f"(weight decay {train.weight_decay:g}, precision {train.precision}), {train.schedule} schedule, "
         f"{steps}",

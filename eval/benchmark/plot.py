@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from html import escape
 
 from eval.benchmark.compare import Line, Table
+from eval.benchmark.statistics import Estimate
 
-WIDTH, LEFT, RIGHT, TOP, STEP, GAP = 760, 230, 64, 58, 24, 16
+WIDTH, LEFT, RIGHT, TOP, STEP, GAP = 760, 230, 116, 62, 24, 14
 """Pixels: of the picture, of titles, of figures at the right, above the rows, per row, between groups."""
 
 COLOURS = (("#2a6fbb", "#6cb0f5"), ("#b4532a", "#f09a6c"))
@@ -23,12 +24,16 @@ STYLE = f"""
  .axis {{ font-size: 11px; fill: #767676 }}
  .figure {{ font-size: 12px; font-variant-numeric: tabular-nums }}
  .grid {{ stroke: #e3e3e3 }}
+ .at {{ fill: {COLOURS[0][0]} }}
+ .bt {{ fill: {COLOURS[1][0]} }}
  .a {{ stroke: {COLOURS[0][0]}; fill: {COLOURS[0][0]} }}
  .b {{ stroke: {COLOURS[1][0]}; fill: {COLOURS[1][0]} }}
  @media (prefers-color-scheme: dark) {{
   text {{ fill: #ddd }}
   .group, .axis {{ fill: #999 }}
   .grid {{ stroke: #3a3a3a }}
+  .at {{ fill: {COLOURS[0][1]} }}
+  .bt {{ fill: {COLOURS[1][1]} }}
   .a {{ stroke: {COLOURS[0][1]}; fill: {COLOURS[0][1]} }}
   .b {{ stroke: {COLOURS[1][1]}; fill: {COLOURS[1][1]} }}
  }}
@@ -58,7 +63,7 @@ def plot(table: Table) -> str:
     if not shown:
         return ""
     tested = any(line.test for line in shown)
-    scale = scale_of(shown)
+    scale = scale_of([x for x in shown if table.suite.rows[x.row].kind == "trained"] or shown)
     parts, y = [], float(TOP)
     for group in dict.fromkeys(line.group for line in shown):
         rows = [line for line in shown if line.group == group]
@@ -126,27 +131,35 @@ def legend(tested: bool) -> list[str]:
 
 
 def row_marks(line: Line, y: float, scale: Scale) -> list[str]:
-    """Title, dots, intervals and figure of one row."""
+    """Title, dots, intervals and figures of one row."""
     unfinished = f" ({line.seeds} of {line.wanted} seeds)" if line.seeds < line.wanted else ""
     parts = [f'<text x="12" y="{y + 4:g}">{escape(line.title + unfinished)}</text>']
-    for kind, found, shift in (("a", line.figures, -4 if line.test else 0), ("b", line.test, 4)):
+    both = bool(line.test)
+    for kind, found, shift in (("a", line.figures, -4 if both else 0), ("b", line.test, 4)):
         if not found:
             continue
         estimate = found["map_at_r"]
-        x, middle = scale.x(estimate.mean), y + shift
-        if estimate.low is not None and estimate.high is not None:
-            left = scale.x(max(estimate.low, scale.low))
-            right = scale.x(min(estimate.high, scale.high))
-            parts.append(
-                f'<line class="{kind}" x1="{left:.1f}" y1="{middle:g}" x2="{right:.1f}" y2="{middle:g}" '
-                f'stroke-width="2" stroke-linecap="round"/>'
-            )
-        if kind == "a":
-            parts.append(f'<circle class="a" cx="{x:.1f}" cy="{middle:g}" r="4.5"/>')
-        else:
-            parts.append(
-                f'<rect class="b" x="{x - 4:.1f}" y="{middle - 4:g}" width="8" height="8" stroke="none"/>'
-            )
-    figure = (line.test or line.figures)["map_at_r"].mean
-    parts.append(f'<text class="figure" x="{WIDTH}" y="{y + 4:g}" text-anchor="end">{figure:.3f}</text>')
+        parts += dot(kind, estimate, y + shift, scale)
+        column = WIDTH - 48 if kind == "a" else WIDTH
+        parts.append(
+            f'<text class="figure {kind}t" x="{column}" y="{y + 4:g}" text-anchor="end">'
+            f"{estimate.mean:.3f}</text>"
+        )
     return parts
+
+
+def dot(kind: str, estimate: Estimate, y: float, scale: Scale) -> list[str]:
+    """A mean with its interval; an arrow at the edge for one that lies outside of the axis."""
+    if estimate.mean < scale.low:
+        x = LEFT - 2
+        return [f'<path class="{kind}" stroke="none" d="M{x} {y:g} l9 -5 v10 z"/>']
+    parts, x = [], scale.x(estimate.mean)
+    if estimate.low is not None and estimate.high is not None:
+        left, right = scale.x(max(estimate.low, scale.low)), scale.x(min(estimate.high, scale.high))
+        parts.append(
+            f'<line class="{kind}" x1="{left:.1f}" y1="{y:g}" x2="{right:.1f}" y2="{y:g}" '
+            f'stroke-width="2" stroke-linecap="round"/>'
+        )
+    if kind == "a":
+        return [*parts, f'<circle class="a" cx="{x:.1f}" cy="{y:g}" r="4.5"/>']
+    return [*parts, f'<rect class="b" x="{x - 4:.1f}" y="{y - 4:g}" width="8" height="8" stroke="none"/>']
