@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dml.losses.pairs import Choice, IndicesTuple, Kin, Padded, Relations, check, within
@@ -269,8 +268,14 @@ class _Compared(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # Asked under `create_graph`. What is kept here is a constant to autograd: a gradient penalty behind a
+        # network would find a graph up to here, and be wrong without a word.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of a pair loss cannot be differentiated again, and create_graph=True asks for "
+                "that; write the loss in plain torch, or take the gradient without create_graph"
+            )
         found = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
         return (None, None, None, *found)
 
