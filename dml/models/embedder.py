@@ -101,7 +101,8 @@ class Embedder(nn.Module):
         """Make BatchNorm measure the batches of all processes together. Only for GPUs; names of parameters
         stay as they are.
         """
-        from timm.layers import convert_sync_batchnorm  # torch's own loses the activation in timm's layers
+        # torch's own loses the activation in timm's layers
+        from timm.layers.norm_act import convert_sync_batchnorm
 
         self.trunk = convert_sync_batchnorm(self.trunk)
 
