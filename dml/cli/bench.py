@@ -236,8 +236,9 @@ def board_text(board: Board) -> str:
         if event.kind in ("began", "step")
     ]
     seconds = board.remaining_seconds()
-    estimate = "" if seconds is None else f", at most {clock(seconds)}"
-    return "\n".join([*runs, f"{board.done} runs done, at most {sum(board.left())} left{estimate}"])
+    left = sum(board.left())
+    estimate = "" if seconds is None or not left else f", at most {clock(seconds)}"
+    return "\n".join([*runs, f"{board.done} runs done, at most {left} left{estimate}"])
 
 
 def clock(seconds: float) -> str:

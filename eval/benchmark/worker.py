@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,28 +86,30 @@ def work(order: Order, tell: Tell) -> None:
     for row in order.rows:
         check_row_results(suite, row, read_row(place, row), bench.settings)
     while True:
-        left, done = 0, False
-        for row in order.rows:
-            if row in broken:
-                continue
-            now = standing(suite, row, read_row(place, row), until=order.until)
-            left += now.most_left
-            for item in now.ready:
-                try:
-                    done = attempt(bench, place, item, tell)
-                except DmlError as error:
-                    broken.add(row)
-                    tell(Event("failed", row, item.name, text=str(error)))
-                if done or row in broken:
-                    break
-            if done:
-                break
-        if done:
-            continue
-        if not left or broken >= set(order.rows):
+        now = [
+            standing(suite, row, read_row(place, row), until=order.until)
+            for row in order.rows
+            if row not in broken
+        ]
+        if not any(row.most_left for row in now):
             return
-        tell(Event("idle"))
-        time.sleep(PAUSE)
+        if not do_one(bench, place, [item for row in now for item in row.ready], broken, tell):
+            tell(Event("idle"))
+            time.sleep(PAUSE)
+
+
+def do_one(bench: Bench, place: Place, ready: Sequence[Item], broken: set[str], tell: Tell) -> bool:
+    """Do the first run that is free; whether there was one. Rows whose run cannot be done become broken."""
+    for item in ready:
+        if item.row in broken:
+            continue
+        try:
+            if attempt(bench, place, item, tell):
+                return True
+        except DmlError as error:
+            broken.add(item.row)
+            tell(Event("failed", item.row, item.name, text=str(error)))
+    return False
 
 
 def repeat_one(bench: Bench, recorded: Path, written: Path, tell: Tell) -> None:
