@@ -104,7 +104,7 @@ class Embedder(nn.Module):
         # torch's own loses the activation in timm's layers
         from timm.layers.norm_act import convert_sync_batchnorm
 
-        self.trunk = convert_sync_batchnorm(self.trunk)
+        convert_sync_batchnorm(self)  # changes what is inside
 
     def project(self, pooled: Tensor) -> Tensor:
         """The head, in float32: it costs nothing, and half precision would cost neighbours."""
