@@ -135,7 +135,11 @@ class PairLoss(nn.Module):
         choice = None if indices_tuple is None else Choice(indices_tuple, relations)
         if not len(embeddings) or not len(relations.ref_labels):
             return 0 * torch.cat([embeddings, *parts])[:0].to(working_type(embeddings)).sum()
-        return _Compared.apply(self, relations, choice, embeddings, *parts)  # type: ignore[no-any-return]
+        inputs = (embeddings, *parts)
+        if not torch.is_grad_enabled():
+            # An autograd function is still told that its inputs want gradients.
+            inputs = tuple(rows.detach() for rows in inputs)
+        return _Compared.apply(self, relations, choice, *inputs)  # type: ignore[no-any-return]
 
     def prepare(self, blocks: "Blocks") -> Any:
         """What `charge` must know of all blocks at once; None: nothing."""
