@@ -138,12 +138,17 @@ def with_correlation(**args: Any) -> dict[str, Any]:
     return {"model": ModelConfig(attention="branch"), "regularizers": terms}
 
 
+def beside_memory(name: str) -> Part:
+    """A loss as it goes with a memory."""
+    return Part(name, {"variance_reduction": "mean"} if name == "contrastive_bayesian" else {})
+
+
 def all_cases() -> dict[str, Case]:
     """Every loss with every combination of stages that is not refused, and what is special."""
     cases = {}
     for name in LOSSES:
         for stages, parts in STAGES.items():
-            recipe = Recipe(loss=Part(name), **parts)
+            recipe = Recipe(loss=beside_memory(name) if "memory" in parts else Part(name), **parts)
             try:
                 objective_of(recipe)
             except ConfigError:  # the refusals themselves are tested in test_supervised.py
@@ -155,11 +160,16 @@ def all_cases() -> dict[str, Case]:
             cases[f"CC-Loss {form} {pair}"] = Case(Recipe(loss=Part("cross_entropy"), **terms))
     corrected = Part("intra_class", {**IAA.args, "neighbor_correction": True})
     cases["everything"] = Case(
-        Recipe(loss=Part("contrastive_bayesian"), augment=corrected, memory=MEMORY, **with_correlation())
+        Recipe(
+            loss=beside_memory("contrastive_bayesian"),
+            augment=corrected,
+            memory=MEMORY,
+            **with_correlation(),
+        )
     )
     held = Part("cross_batch", {**MEMORY.args, "classes": CLASSES})
     for name in ("multi_similarity", "contrastive_bayesian", "contrastive", "triplet"):
-        cases[f"{name}, several labels"] = Case(Recipe(loss=Part(name), memory=held), multi_hot=True)
+        cases[f"{name}, several labels"] = Case(Recipe(loss=beside_memory(name), memory=held), multi_hot=True)
     for cleaner in (WithoutLastRows, Uneven, Nothing):
         clean = Part(f"distributed_cases:{cleaner.__name__}")
         for name in ("multi_similarity", "proxy_anchor", "cross_entropy"):

@@ -105,6 +105,17 @@ class ContrastiveBayesianLoss(PairLoss):
         self.positive_share, self.form = positive_share, form
         self.positive_weight, self.negative_weight = positive_weight, negative_weight
 
+    @property
+    def against_memory(self) -> str:  # type: ignore[override]
+        """See `PairLoss`: a sum over all remembered negatives drowns everything else."""
+        if self.variance_reduction == "mean" or self.variance_weight == 0:
+            return ""
+        return (
+            "its metric variance is a sum over all negatives, remembered ones too. Set "
+            'loss.args.variance_reduction = "mean", and loss.args.variance_weight so many times as large as '
+            "a batch has negatives"
+        )
+
     def charge(self, block: Block, known: None) -> Charge:
         everyone = self.without_duplicates(block)
         spread, pulls, pushes = self.variance(block, everyone)

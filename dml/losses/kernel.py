@@ -117,6 +117,9 @@ class PairLoss(nn.Module):
 
     takes = "unit"
     candidates = True
+    against_memory = ""
+    """Why these settings make no sense with candidates by the thousand, and what to set instead; empty: they
+    do."""
 
     def forward(
         self,

@@ -326,6 +326,8 @@ def refuse_impossible(recipe: Recipe, loss: nn.Module) -> None:
             f'The loss "{name}" cannot use a memory: {reason}. '
             f"Remove [memory], or take a loss that compares pairs: {takers}."
         )
+    if recipe.memory is not None and (reason := getattr(loss, "against_memory", "")):
+        raise ConfigError(f'The loss "{name}" with these settings cannot use a memory: {reason}.')
     if recipe.augment is not None and not loss.candidates and not with_classes:
         raise ConfigError(
             f'The loss "{name}" cannot use [augment]: it ranks one batch within itself, so synthetic rows '
