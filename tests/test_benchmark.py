@@ -33,13 +33,15 @@ from eval.benchmark.plan import (
     Trial,
     best_parameters,
     is_pruned,
+    legacy,
+    parameters_of,
     propose,
     standing,
     startup_draw,
 )
 from eval.benchmark.plot import plot
 from eval.benchmark.replay import replay
-from eval.benchmark.results import Place, locked, read_result, read_row, write_result
+from eval.benchmark.results import Item, Place, RowResults, locked, read_result, read_row, write_result
 from eval.benchmark.run import run_suite
 from eval.benchmark.statistics import holm, interval, paired
 from eval.benchmark.suite import FOLDER, load_suite, suite_names
@@ -326,6 +328,81 @@ def test_a_diverged_run_counts_as_zero_and_the_row_goes_on(shapes: Path, tmp_pat
     assert "no numbers any more" in results.trials[0, 0]["failure"]
     assert len(results.trials) == 4
     assert not [event for event in told if event.kind == "failed"]
+
+
+# Inheritance
+
+HEIR = """
+[rows.triplet_iaa]
+title = "Triplet + IAA"
+against = "triplet"
+inherit = true
+recipe.loss = { name = "triplet", args = { margin = 0.1 } }
+recipe.augment = { name = "intra_class", args = { scale = 0.8 } }
+[rows.triplet_iaa.space]
+"train.learning_rate" = { low = 5e-4, high = 1e-3, log = true }
+"augment.args.scale" = { low = 0.1, high = 1.0 }
+"""
+
+
+def test_a_row_that_inherits_waits_for_the_tuned_values_and_begins_with_them(tmp_path: Path) -> None:
+    suite = load_suite(write_suite(tmp_path, MINI + HEIR))
+    empty = RowResults({}, {}, {})
+    assert legacy(suite, "triplet_iaa", lambda row: empty) is None
+    assert standing(suite, "triplet_iaa", empty, inherited=None).ready == ()
+    tuned = RowResults({}, {}, {})
+    for number, (margin, rate, value) in enumerate([(0.1, 1e-3, 0.2), (0.3, 2e-3, 0.5), (0.2, 5e-4, 0.1)]):
+        values = {"train.learning_rate": rate, "loss.args.margin": margin}
+        for fold in range(2):
+            tuned.trials[number, fold] = {"parameters": values, "figures": {"map_at_r": value}}
+    inherited = legacy(suite, "triplet_iaa", lambda row: tuned)
+    assert inherited == {"train.learning_rate": 2e-3, "loss.args.margin": 0.3}
+    (first,) = standing(suite, "triplet_iaa", empty, inherited=inherited).ready
+    begun = parameters_of(suite, first, empty, inherited)
+    # What its own range does not allow is brought to the nearest end.
+    assert begun == {"train.learning_rate": 1e-3, "loss.args.margin": 0.3, "augment.args.scale": 0.8}
+    assert suite.recipe("triplet_iaa", begun).loss.args["margin"] == 0.3
+
+    own = RowResults({(0, 0): {"parameters": begun, "figures": {"map_at_r": 0.4}}}, {}, {})
+    now = standing(suite, "triplet_iaa", own, inherited={"loss.args.margin": 0.05})
+    later = {item.number: parameters_of(suite, item, own, {"loss.args.margin": 0.05}) for item in now.ready}
+    assert later[1]["loss.args.margin"] == 0.3, "a row keeps what it began with"
+    assert later[1]["augment.args.scale"] != 0.8
+    own.trials[0, 1] = own.trials[0, 0]
+    for fold in range(2):
+        own.trials[1, fold] = {"parameters": later[1], "figures": {"map_at_r": 0.3}}
+    proposed = parameters_of(suite, Item("triplet_iaa", "trial", 2, 0), own)
+    assert set(proposed) == set(begun)
+    assert proposed["loss.args.margin"] == 0.3
+    assert 5e-4 <= proposed["train.learning_rate"] <= 1e-3
+
+
+def test_rows_that_inherit_bring_those_that_they_need(tmp_path: Path) -> None:
+    suite = load_suite(write_suite(tmp_path, MINI + HEIR))
+    assert suite.beginnings(["triplet_iaa"]) == ("triplet", "triplet_iaa")
+    assert suite.beginnings(["pixels", "triplet"]) == ("pixels", "triplet")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (('against = "triplet"\ninherit', 'against = "contrastive"\ninherit'), "names no row that is tuned"),
+        (('against = "triplet"\ninherit', 'against = "triplet_iaa"\ninherit'), "inherits from itself"),
+    ],
+)
+def test_rows_that_cannot_inherit_are_refused(tmp_path: Path, change: tuple[str, str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_suite(write_suite(tmp_path, (MINI + HEIR).replace(*change)))
+
+
+def test_a_row_that_inherits_is_measured_behind_the_other(tmp_path: Path, shapes: Path) -> None:
+    write_suite(tmp_path, MINI + HEIR)
+    work(order_in(tmp_path, shapes, ("triplet_iaa", "triplet"), until="trials"), quiet)
+    place = place_in(tmp_path)
+    tuned = standing(load_suite(tmp_path / "mini.toml"), "triplet", read_row(place, "triplet")).best
+    heir = read_row(place, "triplet_iaa").trials
+    assert len(heir) >= 4
+    assert {trial["parameters"]["loss.args.margin"] for trial in heir.values()} == {tuned["loss.args.margin"]}
 
 
 # Runs

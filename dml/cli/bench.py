@@ -73,11 +73,13 @@ def run(
 
         freeze(loaded, place, chosen, tell_line)
         return
-    order = order_of(loaded, data, place, work, rows=chosen, until=until)
     if final:
-        look_at_test(order, place, named=bool(rows))
-    else:
-        run_all(order, loaded, jobs)
+        look_at_test(order_of(loaded, data, place, work, rows=chosen), place, named=bool(rows))
+        return
+    everything = loaded.beginnings(chosen)
+    if rows and (more := [name for name in everything if name not in chosen]):
+        tell_line(f"with {', '.join(more)}, whose tuned values are inherited")
+    run_all(order_of(loaded, data, place, work, rows=everything, until=until), loaded, jobs)
 
 
 @app.command()

@@ -256,10 +256,10 @@ def edge_notes(suite: Suite, found: Mapping[str, RowResults]) -> list[str]:
     notes = []
     for name, results in found.items():
         best = standing(suite, name, results).best or {}
-        for key, value in best.items():
-            dimension = suite.rows[name].space[key]
-            if dimension.choices:
+        for key, dimension in suite.rows[name].space.items():
+            if dimension.choices or key not in best:
                 continue
+            value = best[key]
             low, high = (log(v) if dimension.log else v for v in dimension.range)
             share = ((log(value) if dimension.log else value) - low) / (high - low)
             if not EDGE < share < 1 - EDGE:

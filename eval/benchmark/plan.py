@@ -9,7 +9,7 @@ No database: whoever has the files has the state, on any machine.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -47,17 +47,29 @@ class Standing:
     seeds: int  # full runs done
 
 
-def standing(suite: Suite, row: str, results: RowResults, *, until: str = "seeds") -> Standing:
+def standing(
+    suite: Suite,
+    row: str,
+    results: RowResults,
+    *,
+    until: str = "seeds",
+    inherited: Mapping[str, Any] | None = None,
+) -> Standing:
     """What is done and what comes next in a row.
 
     Args:
         until: "trials" plans the tuning only.
+        inherited: see `legacy`. A row that inherits has nothing ready before it is known, or before trial 0
+            has been begun with it.
     """
     protocol = suite.protocol
     trials, ready, left = tuning_of(suite, row, results)
     best = best_parameters(trials, protocol) if not left else None
     if suite.rows[row].space == {}:
         best = {}
+    if suite.rows[row].inherit and not any(number == 0 for number, _ in results.trials):
+        # What is inherited is read from trial 0 from then on: nothing else may begin beside it.
+        ready = [] if inherited is None else ready[:1]
     seeds = [s for s in range(protocol.seeds) if s not in results.seeds]
     if until == "seeds":
         left += len(seeds)
@@ -129,8 +141,41 @@ def best_parameters(trials: Sequence[Trial], protocol: Protocol) -> dict[str, An
     return max(whole, key=lambda t: (t.mean, -t.number)).parameters if whole else None
 
 
-def parameters_of(suite: Suite, item: Item, results: RowResults) -> dict[str, Any]:
-    """The tuned values of a run that is ready."""
+def legacy(suite: Suite, row: str, read: Callable[[str], RowResults]) -> dict[str, Any] | None:
+    """What a row inherits: the tuned values of the row it is compared with; None while those are not known.
+
+    Args:
+        read: gives the results of a row by its name.
+    """
+    if not suite.rows[row].inherit:
+        return {}
+    parent = suite.rows[row].against
+    return standing(suite, parent, read(parent), until="trials").best
+
+
+def first_trial(suite: Suite, row: str, inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """Trial 0: what the row states, with what it inherits where its space allows that."""
+    space = suite.rows[row].space
+    found = {**suite.stated(row), **inherited}
+    for key, dimension in space.items():
+        if dimension.holds(found[key]):
+            continue
+        value = suite.stated(row)[key]
+        if not dimension.choices:
+            low, high = dimension.range
+            value = min(max(float(found[key]), low), high)
+        found[key] = value
+    return found
+
+
+def parameters_of(
+    suite: Suite, item: Item, results: RowResults, inherited: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values of a run that is ready: those tuned, and those inherited.
+
+    Args:
+        inherited: see `legacy`; a row that has begun keeps what it began with.
+    """
     now = standing(suite, item.row, results)
     if item.phase == "seed":
         if now.best is None:
@@ -140,11 +185,14 @@ def parameters_of(suite: Suite, item: Item, results: RowResults) -> dict[str, An
         if number == item.number:
             return result["parameters"]
     space, protocol = suite.rows[item.row].space, suite.protocol
+    begun = [result["parameters"] for (number, _), result in results.trials.items() if number == 0]
+    first = begun[0] if begun else first_trial(suite, item.row, inherited or {})
     if item.number == 0:
-        return suite.stated(item.row)
+        return first
     if item.number < protocol.startup:
-        return startup_draw(space, protocol, number=item.number)
-    return propose(space, [t for t in now.trials if t.number < item.number], protocol, number=item.number)
+        return {**first, **startup_draw(space, protocol, number=item.number)}
+    earlier = [t for t in now.trials if t.number < item.number]
+    return {**first, **propose(space, earlier, protocol, number=item.number)}
 
 
 def startup_draw(space: Mapping[str, Dimension], protocol: Protocol, *, number: int) -> dict[str, Any]:
@@ -193,7 +241,7 @@ def propose(
             optuna.trial.create_trial(
                 state=state,
                 value=None if trial.pruned else trial.mean,
-                params=trial.parameters,
+                params={key: trial.parameters[key] for key in space},
                 distributions=distributions,
                 intermediate_values={
                     fold: fmean(trial.values[: fold + 1]) for fold in range(len(trial.values))

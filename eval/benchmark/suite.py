@@ -33,7 +33,7 @@ import copy
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -115,6 +115,9 @@ class Row:
     random weights), "features" (a pretrained trunk without a head), "whitened" (those, whitened by PCA)."""
     against: str = ""
     """The row to be compared with: the same loss or head without the method."""
+    inherit: bool = False
+    """Begin where `against` ended: its tuned values replace what this row states for the same keys, and are
+    kept for those that this row does not tune. What the row tunes is then the method alone."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """What the row changes in the base recipe: only keys of `METHOD`."""
     space: dict[str, Dimension] = field(default_factory=dict)
@@ -238,7 +241,18 @@ class Suite:
         """A hash of what defines a row's runs besides what all rows share."""
         row = self.rows[name]
         space = {key: [d.low, d.high, d.log, list(d.choices)] for key, d in row.space.items()}
-        return digest_of({"kind": row.kind, "recipe": row.recipe, "space": space})
+        tree = {"kind": row.kind, "recipe": row.recipe, "space": space}
+        return digest_of({**tree, "inherit": row.against} if row.inherit else tree)
+
+    def beginnings(self, names: Sequence[str]) -> tuple[str, ...]:
+        """These rows and those that they inherit from, each behind the row that it inherits from."""
+        found: dict[str, None] = {}
+        for name in names:
+            chain = [name]
+            while self.row(chain[-1]).inherit:
+                chain.append(self.rows[chain[-1]].against)
+            found.update(dict.fromkeys(reversed(chain)))
+        return tuple(found)
 
     def settings(self, data: str, folds: str) -> dict[str, Any]:
         """What must be equal for results to stand in one table: base recipe, protocol, pictures and folds."""
@@ -336,6 +350,14 @@ def check_row(suite: Suite, name: str) -> None:
         )
     if row.against and row.against not in suite.rows:
         raise ConfigError(f'{where}: it is compared with "{row.against}", which is no row of the suite')
+    above = [name]
+    while suite.rows[above[-1]].inherit:
+        parent = suite.rows[above[-1]].against
+        if not parent or not suite.rows[parent].space:
+            raise ConfigError(f"{where}: it inherits, and its `against` names no row that is tuned")
+        if parent in above:
+            raise ConfigError(f"{where}: it inherits from itself: {' → '.join([*above, parent])}")
+        above.append(parent)
     if row.kind != "trained":
         if row.recipe or row.space:
             raise ConfigError(f"{where}: nothing is trained ({row.kind}), so it has no recipe and no space")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from dml.errors import ConfigError, DmlError
 from dml.startup import prepare_process
 from eval.benchmark.folds import open_pictures
 from eval.benchmark.measure import Bench, identity, measure, run_recipe
-from eval.benchmark.plan import parameters_of, standing
+from eval.benchmark.plan import legacy, parameters_of, standing
 from eval.benchmark.results import (
     Item,
     Place,
@@ -87,7 +88,13 @@ def work(order: Order, tell: Tell) -> None:
         check_row_results(suite, row, read_row(place, row), bench.settings)
     while True:
         now = [
-            standing(suite, row, read_row(place, row), until=order.until)
+            standing(
+                suite,
+                row,
+                read_row(place, row),
+                until=order.until,
+                inherited=legacy(suite, row, partial(read_row, place)),
+            )
             for row in order.rows
             if row not in broken
         ]
@@ -142,14 +149,16 @@ def attempt(bench: Bench, place: Place, item: Item, tell: Tell) -> bool:
         path = place.file(item.row, item.name)
         results = read_row(place, item.row)
         # Between planning and locking, another process may have done it, or pruned its trial.
-        if not mine or item not in standing(bench.suite, item.row, results).ready:
+        inherited = legacy(bench.suite, item.row, partial(read_row, place))
+        if not mine or item not in standing(bench.suite, item.row, results, inherited=inherited).ready:
             return False
         tell(Event("began", item.row, item.name))
 
         def report(step: int, steps: int) -> None:
             tell(Event("step", item.row, item.name, step, steps))
 
-        result = measure(bench, item, parameters_of(bench.suite, item, results), report)
+        parameters = parameters_of(bench.suite, item, results, inherited)
+        result = measure(bench, item, parameters, report)
         write_result(path, result)
         tell(
             Event(
