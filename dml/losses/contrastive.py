@@ -1,9 +1,10 @@
 """Contrastive loss: positives closer than one margin, negatives farther than another."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dml.losses.kernel import Block, Blocks, Charge, PairLoss, distance, distance_slope
 from dml.losses.pairs import Padded
@@ -63,55 +64,65 @@ class ContrastiveLoss(PairLoss):
         self.positive_margin, self.negative_margin = positive_margin, negative_margin
         self.measure, self.average = measure, average
 
-    def prepare(self, blocks: Blocks) -> "Known":
-        """What a pull and a push count for: the batch size over the number of active ones, or 1."""
-        if self.average == "anchors":
-            return Known(1.0, 1.0, None)
-        active = [0, 0]
-        charges = None
+    def prepare(self, blocks: Blocks) -> tuple[int, int] | None:
+        """How many pulls and pushes are active; None: that does not matter, or one block will tell."""
+        if self.average == "anchors" or blocks.single:
+            return None
+        pulls = pushes = 0
         for block in blocks:
-            charges = self.charges(block)
-            for kind, charge in enumerate(charges):
-                active[kind] += int((charge.values > 0).sum())
-        pulls, pushes = (len(blocks.anchors) / max(count, 1) for count in active)
-        return Known(pulls, pushes, charges if blocks.single else None)
+            near, far = pairs_of(block)
+            pulls += int(self.pull(block.similarity[near])[1].count_nonzero())
+            other = block.hide_others() if far is None else block.similarity[far]
+            pushes += int((other > self.farthest).count_nonzero())
+        return pulls, pushes
 
-    def charge(self, block: Block, known: "Known") -> Charge:
-        pull, push = known.charges or self.charges(block)
-        value = pull.values.sum() * known.pulls + push.values.sum() * known.pushes
-        slope = self.slope(push, sign=1).mul_(known.pushes)
-        if push.where is None:
-            block.similarity = slope
-        else:
-            block.similarity.zero_().index_put_(push.where, slope, accumulate=True)
-        slope = self.slope(pull, sign=-1).mul_(known.pulls)
-        block.similarity.index_put_(pull.where, slope, accumulate=True)
-        return Charge(value, len(block))
+    def charge(self, block: Block, known: tuple[int, int] | None) -> Charge:
+        near, far = pairs_of(block)
+        pulls, pull_slopes = self.pull(block.similarity[near])
+        other = block.hide_others() if far is None else block.similarity[far]
+        pull_weight = push_weight = 1.0
+        if self.average == "active":
+            active = known or (int(pull_slopes.count_nonzero()), int((other > self.farthest).count_nonzero()))
+            # Dividing by the batch size, as for "anchors", then gives the mean of the active.
+            pull_weight, push_weight = (block.batch / max(count, 1) for count in active)
+        pushes = self.push_(other)
+        if far is not None:
+            block.similarity.zero_().index_put_(far, other.mul_(push_weight), accumulate=True)
+        elif push_weight != 1:
+            other.mul_(push_weight)
+        block.similarity.index_put_(near, pull_slopes * pull_weight, accumulate=True)
+        return Charge(pulls.sum() * pull_weight + pushes * push_weight, len(block))
 
-    def charges(self, block: Block) -> "tuple[Charges, Charges]":
-        """What positives and negatives lack to their margins. Not twice: the similarities are overwritten."""
-        near = block.chosen_near() if block.chosen else entries(block.positives)
-        far = block.chosen_far() if block.chosen else None
-        similar = block.similarity[near]
-        other = block.similarity[far] if far is not None else block.hide_others()
+    @property
+    def farthest(self) -> float:
+        """The similarity above which negatives are charged."""
+        return self.negative_margin if self.measure == "cosine" else 1 - self.negative_margin**2 / 2
+
+    def pull(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """The charges of positives, and their derivatives by the similarities."""
         if self.measure == "cosine":
-            return (
-                Charges((self.positive_margin - similar).clamp_min_(0), near),
-                Charges((other - self.negative_margin).clamp_min_(0), far),
-            )
-        d_near, d_far = distance(similar), distance(other)
-        return (
-            Charges((d_near - self.positive_margin).clamp_min_(0), near, d_near),
-            Charges((self.negative_margin - d_far).clamp_min_(0), far, d_far),
-        )
+            charges = (self.positive_margin - similarity).clamp_min_(0)
+            return charges, -(charges > 0).to(charges.dtype)
+        d = distance(similarity)
+        charges = (d - self.positive_margin).clamp_min_(0)
+        return charges, torch.where(charges > 0, distance_slope(d), 0)
 
-    def slope(self, charges: "Charges", *, sign: int) -> Tensor:
-        """Derivative of the charges by the similarities; `sign` 1: they grow with it, -1: they shrink."""
-        active = charges.values > 0
-        if charges.distances is None:
-            return active.to(charges.values.dtype).mul_(sign)
-        # A pull grows with its distance and a push shrinks with it; a distance shrinks with the similarity.
-        return torch.where(active, distance_slope(charges.distances), 0).mul_(-sign)
+    def push_(self, similarity: Tensor) -> Tensor:
+        """The total charge of negatives, whose similarities become its derivatives; -inf is never charged."""
+        s, margin = similarity, self.negative_margin
+        if self.measure == "cosine":
+            total = s.sub_(margin).clamp_min_(0).sum()
+            s.sign_()
+            return total
+        # Below the rounding error of the similarity a distance is 0, without slope: see `distance`.
+        squared = torch.add(s.new_tensor(2), s, alpha=-2, out=s)
+        functional.threshold(squared, 16 * torch.finfo(s.dtype).eps, 0, inplace=True)
+        d = squared.sqrt_().clamp_max_(margin)
+        # In float64 what is not charged cancels to the last digit.
+        total = margin * d.numel() - d.sum(dtype=torch.float64)
+        d.masked_fill_(d >= margin, float("inf"))
+        functional.threshold(d, 0, float("inf"), inplace=True).reciprocal_()
+        return total.to(s.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -120,20 +131,11 @@ class ContrastiveLoss(PairLoss):
         )
 
 
-class Charges(NamedTuple):
-    """What some pairs lack to their margin."""
-
-    values: Tensor  # at least 0
-    where: tuple[Tensor, Tensor] | None  # (rows, columns) of the pairs; None: the whole block
-    distances: Tensor | None = None  # where the margins are distances
-
-
-class Known(NamedTuple):
-    """What one charge counts for, and the charges where one block holds them all."""
-
-    pulls: float
-    pushes: float
-    charges: tuple[Charges, Charges] | None
+def pairs_of(block: Block) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """(rows, columns) of the positives, and of the negatives where a miner chose them; None: all others."""
+    if block.chosen:
+        return block.chosen_near(), block.chosen_far()
+    return entries(block.positives), None
 
 
 def entries(places: Padded) -> tuple[Tensor, Tensor]:

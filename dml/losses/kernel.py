@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dml.losses.pairs import Choice, IndicesTuple, Kin, Padded, Relations, check, within
 
-BLOCK = {"cpu": 2**20, "cuda": 2**27}
+BLOCK = {"cpu": 2**21, "cuda": 2**27}
 """Numbers in a block of similarities: on a CPU what its cache holds, on a GPU what keeps it busy."""
 ANCHORS, LARGEST_BLOCK = 256, 2**27
 """A block has so many anchors even where it outgrows the cache, since thin products are slow; but no more
@@ -38,10 +38,13 @@ class Block:
     Attributes:
         similarity: (b, N) cosines, which the loss overwrites with their gradient.
         positives: (b, K) candidates that share a label with their anchor and show another image.
+        batch: B, anchors of all blocks.
     """
 
-    def __init__(self, similarity: Tensor, rows: slice, kin: Kin, choice: Choice | None) -> None:
-        self.similarity, self.rows, self.choice = similarity, rows, choice
+    def __init__(
+        self, similarity: Tensor, rows: slice, kin: Kin, choice: Choice | None, *, batch: int
+    ) -> None:
+        self.similarity, self.rows, self.choice, self.batch = similarity, rows, choice, batch
         self.positives, self.excluded, self.negatives = kin
 
     def __len__(self) -> int:
@@ -217,11 +220,7 @@ class UnitRows:
 
 
 class Blocks:
-    """The similarities of all anchors with all candidates, block by block.
-
-    Where one block holds everything, every iteration gives that block, as the last one left it; otherwise
-    each computes the similarities again.
-    """
+    """The similarities of all anchors with all candidates, block by block; computed anew each time."""
 
     def __init__(
         self, anchors: Tensor, candidates: Sequence[Tensor], relations: Relations, choice: Choice | None
@@ -233,7 +232,6 @@ class Blocks:
         row = self.width + 8 * min(relations.widest, self.width)
         budget = BLOCK.get(anchors.device.type, BLOCK["cuda"])
         self.height = min(len(anchors), max(1, budget // row, min(ANCHORS, LARGEST_BLOCK // row)))
-        self.only = next(self.computed()) if self.single else None
 
     @property
     def single(self) -> bool:
@@ -241,9 +239,6 @@ class Blocks:
         return self.height == len(self.anchors)
 
     def __iter__(self) -> Iterator[Block]:
-        return self.computed() if self.only is None else iter((self.only,))
-
-    def computed(self) -> Iterator[Block]:
         space = self.anchors.new_empty(self.height, self.width)
         for start in range(0, len(self.anchors), self.height):
             rows = slice(start, min(start + self.height, len(self.anchors)))
@@ -253,7 +248,8 @@ class Blocks:
                 target = similarity[:, filled : filled + len(part)]
                 torch.mm(self.anchors[rows], part.T, out=target)
                 filled += len(part)
-            yield Block(similarity, rows, self.relations.of(rows), self.choice)
+            kin = self.relations.of(rows)
+            yield Block(similarity, rows, kin, self.choice, batch=len(self.anchors))
 
 
 class _Compared(torch.autograd.Function):
