@@ -167,6 +167,8 @@ def all_cases() -> dict[str, Case]:
             **with_correlation(),
         )
     )
+    of_batches = Part("intra_class", {**IAA.args, "statistics": "batches"})
+    cases["multi_similarity, IAA of batches"] = Case(Recipe(augment=of_batches))
     held = Part("cross_batch", {**MEMORY.args, "classes": CLASSES})
     for name in ("multi_similarity", "contrastive_bayesian", "contrastive", "triplet"):
         cases[f"{name}, several labels"] = Case(Recipe(loss=beside_memory(name), memory=held), multi_hot=True)

@@ -454,3 +454,53 @@ def test_a_restored_state_goes_on_with_the_same_rows(neighbor_correction):
     resumed.load_state_dict(iaa.state_dict())
     anchor = (torch.randn(2, 4), torch.tensor([0, 1]), torch.arange(2))
     assert torch.equal(resumed(*anchor).embeddings, iaa(*anchor).embeddings)
+
+
+# -------- statistics of the batches
+
+
+def epochs_of_batches(iaa: IntraClassAugmentation, epochs: int) -> list[tuple[float, torch.Tensor]]:
+    """λ and the mean of class 1 in each epoch; an epoch is one batch of three rows of class 1 around it."""
+    seen = []
+    for epoch in range(epochs):
+        iaa.before_epoch(Plain(), refused_pass, Progress(epoch, epochs, epoch, epochs))
+        seen.append((float(iaa.strength), iaa.mean[1].clone()))
+        rows = tensor([[1, 0], [3, 2], [2, 4]]) + 10 * epoch
+        iaa(rows.requires_grad_(), torch.tensor([1, 1, 1]), torch.arange(3))
+    return seen
+
+
+def refused_pass():
+    raise AssertionError("the training set was passed")
+
+
+def test_batches_give_the_statistics_of_what_was_seen_since_the_last_time():
+    iaa = wide(2, 2, statistics="batches", start=0.5, refresh_every=1, decay_scale=False, momentum=0.0)
+    seen = epochs_of_batches(iaa, 4)
+    assert [strength for strength, _ in seen] == [0, 0, 0.8, 0.8]
+    assert_near(seen[2][1], [12, 12])  # of epoch 1 alone: what came before is forgotten
+    assert_near(seen[3][1], [22, 22])
+    assert_near(iaa.variance[1], [2 / 3, 8 / 3])
+
+
+def test_batches_before_the_first_statistics_synthesise_nothing():
+    iaa = wide(2, 2, statistics="batches", start=0.0, refresh_every=2, decay_scale=False)
+    assert [strength for strength, _ in epochs_of_batches(iaa, 5)] == [0, 0, 0.8, 0.8, 0.8]
+
+
+def test_gathered_statistics_survive_a_restart():
+    iaa, resumed = (wide(2, 2, statistics="batches", start=0.0, refresh_every=2) for _ in range(2))
+    epochs_of_batches(iaa, 3)
+    resumed.load_state_dict(iaa.state_dict())
+    for either in (iaa, resumed):
+        either.before_epoch(Plain(), refused_pass, Progress(4, 6, 4, 6))
+    assert iaa.mean.any()
+    assert torch.equal(iaa.mean, resumed.mean)
+    assert torch.equal(iaa.variance, resumed.variance)
+
+
+def test_a_correction_needs_a_pass_that_counts_images():
+    with pytest.raises(ValueError, match='only statistics="pass"'):
+        IntraClassAugmentation(2, 2, statistics="batches", neighbor_correction=True)
+    with pytest.raises(ValueError, match='"pass" or "batches"'):
+        IntraClassAugmentation(2, 2, statistics="none")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,9 @@ class IntraClassAugmentation(nn.Module):
         neighbor_correction: use Σ^cr; meant for data with few images per class.
         start: share of the epochs without synthesis at the start.
         refresh_every: epochs between passes.
+        statistics: "pass": embed the whole training set with the weights of the moment, as published;
+            "batches": take the embeddings of the batches since the last time, which costs nothing, though
+            weights have moved under them; not with `neighbor_correction`, which must count images.
         decay_scale: multiply λ by 0.9, 0.75 and 0.6 behind 40, 60 and 80 % of the epochs.
         neighbors: K.
         threshold: τ, images; classes with more keep their own Σ_k.
@@ -64,13 +68,13 @@ class IntraClassAugmentation(nn.Module):
 
     State: buffers `mean` (C, D), `variance` (C, D), `count` (C,) of the merge; `images` (C,) distinct images
     in the last pass, `corrected` (C, D), `strength` (λ now; 0: no synthesis), `step`, `refreshed` (epoch of
-    the last pass).
+    the last pass), and with "batches" `sums`, `squares` (C, D) float64 and `rows` (C,) since then.
 
     Source: Fu et al., "Intra-class Adaptive Augmentation with Neighbor Correction for Deep Metric Learning",
     TMM 2022, arXiv:2211.16264. Where the released code slips, this follows the paper: the deviation is the
     same for every copy, the correction is really used, and τ is inclusive. Schedule of λ, refresh interval
-    and own copies excluded: as in the released code. Normalised distances, and means of classes with one
-    image: ours.
+    and own copies excluded: as in the released code. Normalised distances, means of classes with one image,
+    and statistics of batches: ours.
     """
 
     mean: Tensor
@@ -81,6 +85,9 @@ class IntraClassAugmentation(nn.Module):
     strength: Tensor
     step: Tensor
     refreshed: Tensor
+    sums: Tensor
+    squares: Tensor
+    rows: Tensor
 
     def __init__(
         self,
@@ -100,9 +107,17 @@ class IntraClassAugmentation(nn.Module):
         mean_width: float = 1.0,
         variance_width: float = 1.0,
         normalize_distances: bool = True,
+        statistics: Literal["pass", "batches"] = "pass",
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if statistics not in ("pass", "batches"):
+            raise ValueError(f'statistics must be "pass" or "batches", got {statistics!r}')
+        if statistics == "batches" and neighbor_correction:
+            raise ValueError(
+                "neighbor_correction must know how many images a class has, which only "
+                'statistics="pass" counts'
+            )
         for name, value, least in (
             ("num_classes", num_classes, 1),
             ("dim", dim, 1),
@@ -130,6 +145,7 @@ class IntraClassAugmentation(nn.Module):
         self.few_slope, self.global_share = few_slope, global_share
         self.mean_width, self.variance_width = mean_width, variance_width
         self.normalize_distances = normalize_distances
+        self.statistics = statistics
         self.register_buffer("mean", torch.zeros(num_classes, dim))
         self.register_buffer("variance", torch.zeros(num_classes, dim))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
@@ -138,6 +154,10 @@ class IntraClassAugmentation(nn.Module):
         self.register_buffer("strength", torch.zeros((), dtype=torch.float64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("refreshed", torch.tensor(-1))
+        gathered = num_classes if statistics == "batches" else 0
+        for name in ("sums", "squares"):
+            self.register_buffer(name, torch.zeros(gathered, dim, dtype=torch.float64))
+        self.register_buffer("rows", torch.zeros(gathered, dtype=torch.int64))
         self.register_load_state_dict_post_hook(lambda module, keys: module.recall())
         self.recall()
 
@@ -147,6 +167,8 @@ class IntraClassAugmentation(nn.Module):
 
     def forward(self, raw: Tensor, labels: Tensor, ids: Tensor) -> Candidates | None:
         """Synthetic rows of a batch at the current λ; None before synthesis has started."""
+        if self.statistics == "batches":
+            self.gather(raw.detach(), labels)
         return self.synthesize(raw, labels, ids) if self._strength > 0 else None
 
     def synthesize(
@@ -206,6 +228,24 @@ class IntraClassAugmentation(nn.Module):
             buffer.copy_(value)
         if self.neighbor_correction:
             self.corrected.copy_(self.corrected_variance())
+
+    def gather(self, raw: Tensor, labels: Tensor) -> None:
+        """Note the embeddings of a batch for the next statistics."""
+        self.check(raw, labels)
+        raw = raw.to(self.sums.dtype)
+        self.sums.index_add_(0, labels, raw)
+        self.squares.index_add_(0, labels, raw.square())
+        self.rows += torch.bincount(labels, minlength=self.num_classes)
+
+    def merge_gathered(self, *, drop: bool) -> None:
+        """Merge the statistics of the batches since the last time (or drop them), and begin anew."""
+        divisor = self.rows.clamp_min(1)[:, None]
+        mean = self.sums / divisor
+        variance = (self.squares / divisor - mean.square()).clamp_min_(0)
+        if not drop:
+            self.merge(mean.to(self.mean.dtype), variance.to(self.mean.dtype), self.rows)
+        for buffer in (self.sums, self.squares, self.rows):
+            buffer.zero_()
 
     @torch.no_grad()
     def refresh(self, model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -290,13 +330,18 @@ class IntraClassAugmentation(nn.Module):
     def before_epoch(self, model: nn.Module, batches: Batches, progress: Progress) -> None:
         """Set λ for the epoch, and renew the statistics when it is time."""
         first = math.floor(self.start * progress.epochs + 1e-9)
-        self._strength = self.scale_at(progress) if progress.epoch >= first else 0.0
+        started = progress.epoch >= first
+        due = (progress.epoch - first) % self.refresh_every == 0 or (started and int(self.refreshed) < 0)
+        if due and int(self.refreshed) != progress.epoch:
+            if self.statistics == "batches":
+                self.merge_gathered(drop=not started)
+            elif started:
+                self.refresh(model, batches())
+            if started:
+                self.refreshed.fill_(progress.epoch)
+        measured = started and bool(self.count.any())
+        self._strength = self.scale_at(progress) if measured else 0.0
         self.strength.fill_(self._strength)
-        if self._strength == 0 or int(self.refreshed) == progress.epoch:
-            return
-        if int(self.refreshed) < 0 or (progress.epoch - first) % self.refresh_every == 0:
-            self.refresh(model, batches())
-            self.refreshed.fill_(progress.epoch)
 
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         self.step += 1
