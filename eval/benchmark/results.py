@@ -113,8 +113,9 @@ def read_result(path: Path) -> Result | None:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result file, completely or not at all."""
-    text = json.dumps({"format": FORMAT, **result}, indent=1) + "\n"
+    """Write a result file, completely or not at all. One key a line: small, and still to be read."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {"format": FORMAT, **result}.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
