@@ -160,6 +160,12 @@ def test_candidates_of_any_length_and_kind_are_made_unit_rows(loss):
     torch.testing.assert_close(half, loss(rows.float(), LABELS, None, bank.bfloat16().float(), labels))
 
 
+@every_loss
+def test_no_part_at_all_is_an_empty_candidate_set(loss):
+    rows = numbers(9, 6)
+    assert loss(rows, LABELS, None, (), LABELS[:0]) == 0
+
+
 def test_mismatched_parts_are_refused():
     rows = numbers(9, 6)
     with pytest.raises(ValueError, match="6 columns and ref_emb 5"):

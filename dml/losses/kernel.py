@@ -168,7 +168,7 @@ def as_parts(
         if ref_labels is not None or ref_ids is not None:
             raise ValueError("got ref_labels or ref_ids without ref_emb; candidates need all of their parts")
         return ()
-    parts = (ref_emb,) if isinstance(ref_emb, Tensor) else tuple(ref_emb)
+    parts = (ref_emb,) if isinstance(ref_emb, Tensor) else tuple(ref_emb) or (embeddings[:0],)
     total = sum(len(part) for part in parts)
     if ref_labels is None:
         raise ValueError(f"got {total} candidates in ref_emb without ref_labels")
