@@ -213,7 +213,7 @@ def look_at(this: Look, say: Say, tell: Callable[[Event], None]) -> None:
         before = results.finals.get(seed)
         if before is not None and before["frozen"] == this.frozen:
             continue
-        figures, extra = test_figures(this, run, tell)
+        figures, extra = figures_on_test(this, run, tell)
         kept = ("suite", "row", "number", "fold", "seed", "parameters", "recipe", "recipe_digest")
         kept += ("settings", "settings_digest", "row_digest", "data_digest", "folds_digest")
         final = {
@@ -231,7 +231,7 @@ def look_at(this: Look, say: Say, tell: Callable[[Event], None]) -> None:
         say(f"{this.row} seed {seed}: {shown}")
 
 
-def test_figures(
+def figures_on_test(
     this: Look, run: Result, tell: Callable[[Event], None]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures on the test classes, and how they came to be."""

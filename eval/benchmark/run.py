@@ -33,19 +33,25 @@ class Board:
     running: dict[int, Event] = field(default_factory=dict)  # worker -> its last event
     done: int = 0
     failures: list[str] = field(default_factory=list)
+    counted: tuple[int, int] = (0, 0)
     spent: dict[str, list[float]] = field(default_factory=lambda: {"trial": [], "seed": []})
 
+    def __post_init__(self) -> None:
+        self.count()
+
+    def count(self) -> None:
+        """Look up in the result files how many (tuning runs, full runs) are to do at most."""
+        trials = seeds = 0
+        for row in self.rows:
+            results = read_row(self.place, row)
+            tuning = standing(self.suite, row, results, until="trials").most_left
+            trials += tuning
+            seeds += standing(self.suite, row, results, until=self.until).most_left - tuning
+        self.counted = (trials, seeds)
+
     def left(self) -> tuple[int, int]:
-        """(tuning runs, full runs) to do at most."""
-        both = [
-            standing(self.suite, row, read_row(self.place, row), until=self.until).most_left
-            for row in self.rows
-        ]
-        trials = [
-            standing(self.suite, row, read_row(self.place, row), until="trials").most_left
-            for row in self.rows
-        ]
-        return sum(trials), sum(both) - sum(trials)
+        """(tuning runs, full runs) to do at most, when a run of this command last ended."""
+        return self.counted
 
     def remaining_seconds(self) -> float | None:
         """At most so long, when what is left takes as long as what this command has done; None: unknown."""
@@ -80,6 +86,7 @@ def run_suite(order: Order, suite: Suite, *, jobs: int, say: Say, show: Show) ->
         for number, event in events_of(processes):
             take(board, number, event, say)
             show(board)
+    board.count()  # others may have worked on the same rows
     for process in processes:
         if process.returncode and not board.failures:
             raise DmlError(f"a worker ended with exit code {process.returncode}; its message is above")
@@ -91,6 +98,7 @@ def take(board: Board, number: int, event: Event, say: Say) -> None:
     board.running[number] = event
     if event.kind == "done":
         board.done += 1
+        board.count()
         board.spent["trial" if event.item.startswith("trial") else "seed"].append(event.seconds)
         note = f"  {event.text}" if event.text else ""
         say(f"{event.row} {event.item}: validation MAP@R {event.value:.4f}, {event.seconds:.0f} s{note}")

@@ -41,7 +41,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from dml.config import Recipe, parse_recipe, put, recipe_tree
+from dml.config import Recipe, at_least, parse_recipe, put, recipe_tree
 from dml.errors import ConfigError
 
 FOLDER = Path(__file__).parent.parent / "suites"
@@ -147,9 +147,8 @@ class Protocol:
     the best use of a CPU when runs stand side by side."""
 
     def __post_init__(self) -> None:
-        for name, least in (("folds", 2), ("trials", 1), ("startup", 1), ("seeds", 2), ("threads", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, 2, "folds", "seeds")
+        at_least(self, 1, "trials", "startup", "threads")
         if not 0 < self.trial_share <= 1:
             raise ValueError(f"trial_share must be above 0 and at most 1, got {self.trial_share}")
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -87,13 +87,14 @@ def work(order: Order, tell: Tell) -> None:
     for row in order.rows:
         check_row_results(suite, row, read_row(place, row), bench.settings)
     while True:
+        read = cache(partial(read_row, place))  # once for the row, and for those that inherit from it
         now = [
             standing(
                 suite,
                 row,
-                read_row(place, row),
+                read(row),
                 until=order.until,
-                inherited=legacy(suite, row, partial(read_row, place)),
+                inherited=legacy(suite, row, read),
             )
             for row in order.rows
             if row not in broken
