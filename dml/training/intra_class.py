@@ -15,6 +15,9 @@ from dml.training.processes import added_up, connected, from_everyone
 BLOCK = 256
 """Classes corrected at once: neither C × C distances nor C × K × D variances are ever held as a whole."""
 
+Moments = tuple[Tensor, Tensor, Tensor]
+"""(C, D) means, (C, D) variances, (C,) numbers of rows."""
+
 
 class IntraClassAugmentation(nn.Module):
     """Draw synthetic embeddings around each real one, with the measured variance of its class.
@@ -68,7 +71,8 @@ class IntraClassAugmentation(nn.Module):
 
     State: buffers `mean` (C, D), `variance` (C, D), `count` (C,) of the merge; `images` (C,) distinct images
     in the last pass, `corrected` (C, D), `strength` (λ now; 0: no synthesis), `step`, `refreshed` (epoch of
-    the last pass), and with "batches" `sums`, `squares` (C, D) float64 and `rows` (C,) since then.
+    the last pass), and with "batches" `gathered_mean`, `gathered_variance` (C, D) float64 and
+    `gathered_count` (C,) since then.
 
     Source: Fu et al., "Intra-class Adaptive Augmentation with Neighbor Correction for Deep Metric Learning",
     TMM 2022, arXiv:2211.16264. Where the released code slips, this follows the paper: the deviation is the
@@ -85,9 +89,9 @@ class IntraClassAugmentation(nn.Module):
     strength: Tensor
     step: Tensor
     refreshed: Tensor
-    sums: Tensor
-    squares: Tensor
-    rows: Tensor
+    gathered_mean: Tensor
+    gathered_variance: Tensor
+    gathered_count: Tensor
 
     def __init__(
         self,
@@ -146,20 +150,25 @@ class IntraClassAugmentation(nn.Module):
         self.mean_width, self.variance_width = mean_width, variance_width
         self.normalize_distances = normalize_distances
         self.statistics = statistics
+        self.register_state()
+        self.register_load_state_dict_post_hook(lambda module, keys: module.recall())
+        self.recall()
+
+    def register_state(self) -> None:
+        """Make the buffers, empty."""
+        num_classes, dim = self.num_classes, self.dim
         self.register_buffer("mean", torch.zeros(num_classes, dim))
         self.register_buffer("variance", torch.zeros(num_classes, dim))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("images", torch.zeros(num_classes, dtype=torch.int64))
-        self.register_buffer("corrected", torch.zeros(num_classes if neighbor_correction else 0, dim))
+        self.register_buffer("corrected", torch.zeros(num_classes if self.neighbor_correction else 0, dim))
         self.register_buffer("strength", torch.zeros((), dtype=torch.float64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("refreshed", torch.tensor(-1))
-        gathered = num_classes if statistics == "batches" else 0
-        for name in ("sums", "squares"):
+        gathered = num_classes if self.statistics == "batches" else 0
+        for name in ("gathered_mean", "gathered_variance"):
             self.register_buffer(name, torch.zeros(gathered, dim, dtype=torch.float64))
-        self.register_buffer("rows", torch.zeros(gathered, dtype=torch.int64))
-        self.register_load_state_dict_post_hook(lambda module, keys: module.recall())
-        self.recall()
+        self.register_buffer("gathered_count", torch.zeros(gathered, dtype=torch.int64))
 
     def recall(self) -> None:
         """Read λ into a plain number once, so that a step on a GPU does not wait for it."""
@@ -230,21 +239,25 @@ class IntraClassAugmentation(nn.Module):
             self.corrected.copy_(self.corrected_variance())
 
     def gather(self, raw: Tensor, labels: Tensor) -> None:
-        """Note the embeddings of a batch for the next statistics."""
+        """Merge the embeddings of a batch into what the next statistics are made of."""
         self.check(raw, labels)
-        raw = raw.to(self.sums.dtype)
-        self.sums.index_add_(0, labels, raw)
-        self.squares.index_add_(0, labels, raw.square())
-        self.rows += torch.bincount(labels, minlength=self.num_classes)
+        present, place = labels.unique(return_inverse=True)
+        new = class_moments(raw.to(self.gathered_mean.dtype), place, len(present))
+        mean, variance, count = self.gathered()
+        known = (mean[present], variance[present], count[present])
+        for buffer, value in zip(self.gathered(), merge_moments(known, new), strict=True):
+            buffer[present] = value
+
+    def gathered(self) -> Moments:
+        """The moments of the batches since the last statistics."""
+        return self.gathered_mean, self.gathered_variance, self.gathered_count
 
     def merge_gathered(self, *, drop: bool) -> None:
         """Merge the statistics of the batches since the last time (or drop them), and begin anew."""
-        divisor = self.rows.clamp_min(1)[:, None]
-        mean = self.sums / divisor
-        variance = (self.squares / divisor - mean.square()).clamp_min_(0)
         if not drop:
-            self.merge(mean.to(self.mean.dtype), variance.to(self.mean.dtype), self.rows)
-        for buffer in (self.sums, self.squares, self.rows):
+            mean, variance, count = self.gathered()
+            self.merge(mean.to(self.mean.dtype), variance.to(self.mean.dtype), count)
+        for buffer in self.gathered():
             buffer.zero_()
 
     @torch.no_grad()
@@ -365,10 +378,6 @@ class IntraClassAugmentation(nn.Module):
             f"num_classes={self.num_classes}, dim={self.dim}, copies={self.copies}, scale={self.scale}, "
             f"momentum={self.momentum}, neighbor_correction={self.neighbor_correction}, start={self.start}"
         )
-
-
-Moments = tuple[Tensor, Tensor, Tensor]
-"""(C, D) means, (C, D) variances, (C,) numbers of rows."""
 
 
 def class_moments(embeddings: Tensor, labels: Tensor, classes: int) -> Moments:
