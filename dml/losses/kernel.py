@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dml.losses.pairs import Choice, IndicesTuple, Kin, Padded, Relations, check, within
+from dml.losses.pairs import Choice, IndicesTuple, Kin, Padded, Relations, check, unit_rows, within
 
 BLOCK = {"cpu": 2**21, "cuda": 2**27}
 """Numbers in a block of similarities: on a CPU what its cache holds, on a GPU what keeps it busy."""
@@ -203,11 +203,8 @@ class UnitRows:
             factor = torch.where(largest > 0, largest, 1).reciprocal()
             length = torch.linalg.vector_norm(rows * factor, dim=1, keepdim=True)
             # A row of zeros stays one, and its gradient passes as it is.
-            inverse = torch.where(largest > 0, length.reciprocal() * factor, 1)
-            self.rows, self.inverse = (
-                rows * factor * torch.where(largest > 0, length, 1).reciprocal(),
-                inverse,
-            )
+            self.inverse = torch.where(largest > 0, length.reciprocal() * factor, 1)
+            self.rows = unit_rows(rows)
             return
         self.inverse = length.reciprocal()
         already = not given.requires_grad and bool(((length - 1).abs() <= 4 * torch.finfo(dtype).eps).all())

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dml import losses
 from eval.speed import losses as pair_losses
-from eval.speed.losses import TOLERANCE, Case, inputs
+from eval.speed.losses import Case, inputs
 from eval.speed.peak import extra_memory
-from eval.speed.race import Disagreement, machine, race
+from eval.speed.race import machine, race
 
 BLOCK = 8192
 """Candidates at once in the limit, and anchors where there are that many."""
@@ -176,16 +176,5 @@ def in_ratios(table: dict[str, dict[str, Any]], timings: dict[str, Any]) -> list
 
 
 def agree(name: str, theirs: tuple[float, Tensor], expected: tuple[float, Tensor]) -> float:
-    """The largest relative difference of value or gradient.
-
-    Raises:
-        Disagreement: above the tolerance of pair losses.
-    """
-    of_value = abs(theirs[0] - expected[0]) / max(abs(expected[0]), 1e-12)
-    of_gradient = float((theirs[1] - expected[1]).abs().max() / expected[1].abs().max().clamp_min(1e-12))
-    if not max(of_value, of_gradient) <= TOLERANCE:
-        raise Disagreement(
-            f'"{name}" does not compute the same as dml: value {theirs[0]:.6g} against {expected[0]:.6g}, '
-            f"gradients differ by {of_gradient:.1e} of the largest entry; a race needs equal results"
-        )
-    return max(of_value, of_gradient)
+    """The largest relative difference of value or gradient; raises as `disagreement`."""
+    return max(pair_losses.disagreement(name, theirs, expected))

@@ -338,6 +338,24 @@ def in_ratios(rows: dict[str, dict[str, Any]], timings: Mapping[str, Timing]) ->
     return list(rows.values())
 
 
+def disagreement(
+    name: str, found: tuple[float, Tensor], expected: tuple[float, Tensor]
+) -> tuple[float, float]:
+    """The largest relative differences of value and gradient.
+
+    Raises:
+        Disagreement: above `TOLERANCE`.
+    """
+    of_value = abs(found[0] - expected[0]) / max(abs(expected[0]), 1e-12)
+    of_gradient = float((found[1] - expected[1]).abs().max() / expected[1].abs().max().clamp_min(1e-12))
+    if not max(of_value, of_gradient) <= TOLERANCE:  # also when either is NaN
+        raise Disagreement(
+            f'"{name}" does not compute the same as dml: value {found[0]:.6g} against {expected[0]:.6g}, '
+            f"gradients differ by {of_gradient:.1e} of the largest entry; a race needs equal results"
+        )
+    return of_value, of_gradient
+
+
 def compare(name: str, contender: Contender, reference: LossOf, given: Inputs) -> dict[str, float]:
     """The largest relative differences of value and gradient from ours.
 
@@ -348,14 +366,6 @@ def compare(name: str, contender: Contender, reference: LossOf, given: Inputs) -
     value, gradient = step(contender.loss_of, given)
     first = time.perf_counter() - started
     expected, expected_gradient = step(contender.against or reference, given)
-    of_value = abs(value - expected) / max(abs(expected), 1e-12)
-    of_gradient = float(
-        (gradient - expected_gradient).abs().max() / expected_gradient.abs().max().clamp_min(1e-12)
-    )
-    if not max(of_value, of_gradient) <= TOLERANCE:  # also when either is NaN
-        raise Disagreement(
-            f'"{name}" does not compute the same as dml: value {value:.6g} against {expected:.6g}, gradients '
-            f"differ by {of_gradient:.1e} of the largest entry; a race needs equal results"
-        )
+    of_value, of_gradient = disagreement(name, (value, gradient), (expected, expected_gradient))
     figures = {"value differs": of_value, "gradient differs": of_gradient}
     return figures | ({"compile seconds": first} if contender.compiled else {})
