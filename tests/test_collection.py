@@ -480,16 +480,16 @@ def test_searches_and_writes_go_on_during_a_build(create, monkeypatch):
     vectors = unit(0, 40)
     shop.add(items(vectors[:30]))
     reached, go_on = threading.Event(), threading.Event()
-    from dml.collection import local
+    from dml.collection import derive
 
-    original = local.fill
+    original = derive.fill
 
     def slow(*args, **kwargs):
         reached.set()
         assert go_on.wait(20)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(local, "fill", slow)
+    monkeypatch.setattr(derive, "fill", slow)
     builder = threading.Thread(target=shop.build_index)
     builder.start()
     assert reached.wait(20)
@@ -710,7 +710,7 @@ def test_a_snapshot_that_is_not_damaged_is_never_deleted(
         if why == "refused":
             trouble.setattr("dml.index.file.PREFIX", type("P", (), {"size": 48, "unpack": refuse}))
         elif why == "engine":
-            trouble.setattr("dml.collection.local.load_index", refuse)
+            trouble.setattr("dml.collection.snapshots.load_index", refuse)
         again = reopen(read_only=read_only)
     assert "passed over" in caplog.text
     assert "searched exactly until its index can be read" in caplog.text

@@ -53,7 +53,7 @@ def create_collection(
         ConfigError: an unknown index kind.
         StorageError: the disk is full or refuses.
     """
-    from dml.collection.local import create_local
+    from dml.collection.create import create_local
 
     return create_local(
         Path(path),

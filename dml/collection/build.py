@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dml.collection import create_collection, is_collection, open_collection
 from dml.collection.base import NewItem
-from dml.collection.local import LocalCollection, check_id, check_kind
+from dml.collection.derive import check_kind
+from dml.collection.items import check_id
+from dml.collection.local import LocalCollection
 from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import read_manifest
 from dml.collection.place import building, clear, put_into_place, recover, turn

@@ -31,6 +31,9 @@ from dml.errors import CollectionError, DamagedFile, StorageError
 from dml.index.base import Ids, Vectors
 from dml.storage import flush_to_disk
 
+FILE = "catalog.sqlite"
+"""In the folder of a collection."""
+
 VERSION = 1
 """Format of the catalogue, kept in SQLite's user_version."""
 

@@ -10,16 +10,13 @@
     writer.lock              held by the one process that writes
 """
 
-import hashlib
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +26,19 @@ from numpy.typing import NDArray
 from dml.collection import catalog as sql
 from dml.collection.base import CollectionInfo, Hit, Item, NewItem, Payload, Picture, SearchResult
 from dml.collection.catalog import Catalog, Change
-from dml.collection.generation import Generation, Snapshot
+from dml.collection.derive import Built, build_snapshot, check_kind
+from dml.collection.following import from_catalog, from_nothing, outgrown, replayed
+from dml.collection.generation import Generation
+from dml.collection.items import check_item, check_rows, check_unicode, encode_payload
+from dml.collection.keeping import check
 from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import Manifest, read_manifest, write_manifest
-from dml.collection.measure import HeldOut, hold_out, measure_recall, training_sample
-from dml.collection.pictures import Pictures, make_folder
-from dml.data.ids import id_problem
+from dml.collection.pictures import Pictures
+from dml.collection.snapshots import Snapshots
 from dml.errors import (
     CollectionError,
-    ConfigError,
     DamagedFile,
-    DimensionMismatch,
     ImageNotKept,
     MissingExtra,
     ModelMismatch,
@@ -48,74 +46,17 @@ from dml.errors import (
     StorageError,
     UnknownItem,
     UsageError,
-    VectorError,
 )
-from dml.index import KINDS, check_options, choose_kind, load_index, make_index
-from dml.index.base import VectorIndex, Vectors, check_vectors
-from dml.index.file import FORMAT, MAGIC, PREFIX, check_index_file, read_header
-from dml.registry import resolve, unknown
-from dml.storage import ASIDE
+from dml.index import check_options
+from dml.index.base import check_vectors
 
 log = logging.getLogger(__name__)
 
-CATALOG = "catalog.sqlite"
-SNAPSHOTS = "snapshots"
-KEPT_SNAPSHOTS = 2
 PATIENCE = 20
 """How often a search tries to meet a moment between two writes before it asks the writers to wait."""
 REBUILD_SHARE = 0.1
 REBUILD_ROWS = 1_000
 """A build is worth it when more changes are pending than both of these say."""
-ADOPT_SHARE = 0.1
-ADOPT_ROWS = 10_000
-"""A reader takes up a writer's new snapshot when its own delta holds more rows than both of these say."""
-
-
-def create_local(
-    path: Path,
-    *,
-    dim: int,
-    fingerprint: str,
-    name: str | None,
-    index: str,
-    options: Mapping[str, Any],
-    roots: Mapping[str, str | Path],
-    encoder_info: Mapping[str, Any],
-    device: str,
-) -> "LocalCollection":
-    """See `dml.collection.create_collection`."""
-    if dim < 1:
-        raise ConfigError(f"a collection needs vectors of at least 1 number, got dim {dim}")
-    check_kind(index)
-    check_options(index, options)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CollectionError(f"{path} is not an empty folder; give a new one, or open what is there.")
-    manifest = Manifest(
-        name=name or path.resolve().name,
-        dim=dim,
-        fingerprint=fingerprint,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        index={"kind": index, "options": dict(options)},
-        roots={key: str(Path(root).absolute()) for key, root in roots.items()},
-        encoder=dict(encoder_info),
-    )
-    new = not path.exists()
-    try:
-        make_folder(path)
-        make_folder(path / SNAPSHOTS)
-        Catalog.create(path / CATALOG, dim=dim).close()
-        write_manifest(path, manifest)  # last: a folder with a manifest is a whole collection
-    except StorageError:
-        for child in [path] if new else path.iterdir():
-            shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink()
-        raise
-    return LocalCollection(path, device=device)
-
-
-def check_kind(kind: str) -> None:
-    """Refuse an index kind that cannot be one. Raises ConfigError."""
-    if kind != "auto" and kind not in KINDS and ":" not in kind:
-        raise ConfigError(unknown("index kind", kind, {"auto": "", **KINDS}))
 
 
 class LocalCollection:
@@ -134,13 +75,14 @@ class LocalCollection:
         self._lock = threading.RLock()  # writing, and for a reader: catching up
         self._building = threading.Lock()
         self._closed = False
-        self._unread: list[Path] = []
-        """Snapshots that may be sound, and that this process cannot read: nobody replaces them unasked."""
+        self._snapshots = Snapshots(
+            self.path, fingerprint=self.fingerprint, dim=self.dim, device=device, read_only=read_only
+        )
         self._writer_lock = None if read_only else WriterLock(self.path / LOCK)
         try:
             if not read_only:
-                sql.migrate(self.path / CATALOG)
-            self._catalog = Catalog(self.path / CATALOG, dim=self.dim, read_only=read_only)
+                sql.migrate(self.path / sql.FILE)
+            self._catalog = Catalog(self.path / sql.FILE, dim=self.dim, read_only=read_only)
             try:
                 self._pictures = self._open_pictures()
                 self._state = self._open_state()
@@ -247,8 +189,8 @@ class LocalCollection:
         """
         self.check_fingerprint(fingerprint)
         batch = list(items)
-        payloads = [self._check_item(item) for item in batch]
-        vectors = self._check_rows([item.vector for item in batch])
+        payloads = [check_item(item) for item in batch]
+        vectors = check_rows([item.vector for item in batch], self.dim)
         if not batch:
             return []
         with self._write() as state:
@@ -321,28 +263,6 @@ class LocalCollection:
     def _check_open(self) -> None:
         if self._closed:
             raise CollectionError(f'The collection "{self.name}" has been closed.')
-
-    def _check_item(self, item: NewItem) -> str:
-        """The payload as JSON, after checking everything but the vector."""
-        check_id(item.id)
-        if item.image is not None and item.file is not None:
-            raise UsageError(
-                f'Item "{item.id}" has both image and file; give the bytes or the path, not both.'
-            )
-        return encode_payload(item.payload, item.id)
-
-    def _check_rows(self, vectors: list[NDArray[np.float32]]) -> Vectors:
-        """(N, D) float32. Names the first vector that is not fit."""
-        if not vectors:
-            return np.empty((0, self.dim), np.float32)
-        for position, vector in enumerate(vectors):
-            if np.ndim(vector) != 1:
-                raise VectorError(
-                    f"vector {position} to add is an array of shape {np.shape(vector)}, not a row"
-                )
-            if len(vector) != self.dim:
-                raise DimensionMismatch(self.dim, len(vector), f"vector {position} to add")
-        return check_vectors(np.stack(vectors), self.dim, "the vectors to add")
 
     def _take_picture(self, item: NewItem) -> Picture | None:
         if item.image is not None:
@@ -500,52 +420,22 @@ class LocalCollection:
         with self._building:
             base, built = self._build(wanted, measure=measure, seed=seed)
             with self._write(), self._catalog.reading() as db:
-                self._state = self._replayed(db, Generation.of(base, self.dim))
+                self._state = replayed(db, Generation.of(base, self.dim))
                 self._save_manifest(self.manifest.with_(index=wanted, built=built))
             self._clean_up()
         return built
 
-    def _build(
-        self, wanted: Mapping[str, Any], *, measure: bool, seed: int
-    ) -> tuple[Snapshot, dict[str, Any]]:
-        started = time.monotonic()
-        with self._catalog.reading() as db:
-            sequence, count, last = sql.read_state(db)[0], sql.count_items(db), sql.last_row(db)
-            kind = wanted["kind"] if wanted["kind"] != "auto" else choose_kind(count)
-            index = make_index(kind, self.dim, device=self.device, **wanted["options"])
-            held = hold_out(db, count, seed=seed) if measure and not index.exact else np.empty(0, np.int64)
-            kept = fill(index, db, count=count, held=held, dim=self.dim)
-        measured = measure_recall(index, kept.vectors) if measure else None
-        index.add(kept.rows, kept.vectors)
-        built = {
-            **index.describe(),
-            "sequence": sequence,
-            "count": count,
-            "seconds": round(time.monotonic() - started, 3),
-            "measured": measured,
-        }
-        note = {"sequence": sequence, "last_row": last, "fingerprint": self.fingerprint, "measured": measured}
-        index.save(self._snapshot_path(sequence), note=note)
-        log.info("built %s over %d items in %.1f s", kind, count, built["seconds"])
-        return Snapshot(index, sequence, last, measured), built
-
-    def _snapshot_path(self, sequence: int) -> Path:
-        return self.path / SNAPSHOTS / f"{sequence:012d}.index"
-
-    def _snapshots(self) -> list[Path]:
-        """Newest first."""
-        return sorted((self.path / SNAPSHOTS).glob("*.index"), reverse=True)
+    def _build(self, wanted: Mapping[str, Any], *, measure: bool, seed: int) -> Built:
+        built = build_snapshot(self._catalog, wanted, device=self.device, measure=measure, seed=seed)
+        self._snapshots.save(built.snapshot)
+        return built
 
     def _clean_up(self) -> None:
         """Drop old snapshots, the log of removals that only they needed, and unused pictures."""
         with self._write():
-            snapshots = self._snapshots()
-            for path in snapshots[KEPT_SNAPSHOTS:]:
-                path.unlink(missing_ok=True)
-            for leftover in (self.path / SNAPSHOTS).glob(f".*{ASIDE}"):
-                leftover.unlink(missing_ok=True)
-            if len(snapshots) >= KEPT_SNAPSHOTS:
-                self._catalog.forget_removed(int(snapshots[KEPT_SNAPSHOTS - 1].stem))
+            oldest = self._snapshots.drop_old()
+            if oldest is not None:
+                self._catalog.forget_removed(oldest)
             with self._catalog.reading() as db:
                 used = sql.stored_pictures(db)
             self._pictures.sweep(used)
@@ -559,47 +449,16 @@ class LocalCollection:
     def _open_state(self) -> Generation:
         """The newest whole snapshot, brought up to date from the catalogue."""
         with self._catalog.reading() as db:
-            base = self._load_snapshot(db)
-            if base is None and sql.count_items(db) and self.manifest.built:
+            base = self._snapshots.load(db)
+            if base is not None:
+                return replayed(db, Generation.of(base, self.dim))
+            if sql.count_items(db) and self.manifest.built:
                 return self._rebuilt(db)
-            return self._replayed(db, Generation.of(base or self._nothing(), self.dim))
-
-    def _nothing(self) -> Snapshot:
-        """An empty index as of before the first change: everything is in the delta."""
-        return Snapshot(make_index("flat", self.dim), 0, 0)
-
-    def _load_snapshot(self, db: Any) -> Snapshot | None:
-        """The newest snapshot that is whole and fits the catalogue; None when there is none.
-
-        Only what has shown to be damaged is deleted: its length or a checksum is wrong, in a format that is
-        known. What a newer dml wrote, or what cannot be read just now, is passed over and stays.
-        """
-        sequence, horizon = sql.read_state(db)
-        self._unread = []
-        for path in self._snapshots():
-            try:
-                header = read_header(path)
-                note, origin = header.note, (header.note.get("fingerprint"), header.dim)
-                if origin != (self.fingerprint, self.dim) or not horizon <= note["sequence"] <= sequence:
-                    log.warning("%s does not belong to this state of the catalogue; passed over", path)
-                    continue
-                check_kind_of(path, header.kind)
-                index = load_index(path, device=self.device)
-                return Snapshot(index, note["sequence"], note["last_row"], note.get("measured"))
-            except (DamagedFile, OSError, KeyError) as error:
-                log.warning("%s; passed over, nothing is lost: the catalogue has everything", error)
-                if not is_damage(path, error):
-                    self._unread.append(path)
-                elif not self.read_only:
-                    path.unlink(missing_ok=True)
-            except MissingExtra as error:
-                log.warning("%s Until then this collection is searched exactly, with numpy.", error)
-                return None
-        return None
+            return from_nothing(db, self.dim)
 
     def _rebuilt(self, db: Any) -> Generation:
         """No snapshot can be used, though there was one: make it again, or search exactly meanwhile."""
-        if self._unread:
+        if self._snapshots.unread:
             log.warning(
                 "%s is searched exactly until its index can be read (by the dml that wrote it), or "
                 "`dml index rebuild` has made a new one.",
@@ -613,38 +472,22 @@ class LocalCollection:
                 return Generation.of(base, self.dim)
             except (StorageError, MissingExtra) as error:
                 log.warning("%s The collection is searched exactly until the index can be built.", error)
-        index = make_index("flat", self.dim)
-        fill(index, db, count=sql.count_items(db), held=np.empty(0, np.int64), dim=self.dim)
-        return Generation.of(Snapshot(index, sql.read_state(db)[0], sql.last_row(db)), self.dim)
-
-    def _replayed(self, db: Any, state: Generation) -> Generation:
-        """The state after all changes that the catalogue holds."""
-        sequence = sql.read_state(db)[0]
-        last = int(state.delta.rows.ids.max()) if len(state.delta.rows) else state.base.last_row
-        removed = sql.removed_after(db, state.sequence)
-        none = np.empty(0, np.int64)
-        state = state.changed(
-            sequence, rows=none, vectors=np.empty((0, self.dim), np.float32), removed=removed
-        )
-        for rows, vectors in sql.rows_after(db, last, dim=self.dim):
-            state = state.changed(sequence, rows=rows, vectors=vectors, removed=none)
-        return state
+        return from_catalog(db, self.dim)
 
     def _catch_up(self, db: Any) -> Generation:
         """A reader's way to the moment of this transaction; keeps the newest state that it has seen."""
         with self._lock:
             state, (sequence, horizon) = self._state, sql.read_state(db)
             if state.sequence < sequence:
-                outgrown = len(state.delta) > max(ADOPT_ROWS, ADOPT_SHARE * len(state.main))
-                if state.sequence < horizon or outgrown:
+                if state.sequence < horizon or outgrown(state):
                     self.manifest = read_manifest(self.path)
                     self._pictures = self._open_pictures()
-                    base = self._load_snapshot(db)
+                    base = self._snapshots.load(db)
                     if base is not None and base.sequence > state.base.sequence:
                         state = Generation.of(base, self.dim)
                     elif state.sequence < horizon:
                         state = self._rebuilt(db)
-                self._state = self._replayed(db, state)
+                self._state = replayed(db, state)
             return self._state
 
     # Checking
@@ -655,80 +498,14 @@ class LocalCollection:
         Returns:
             One sentence per problem; an empty list when all is well.
         """
-        problems = self._catalog.check()
-        for path in self._snapshots():
-            try:
-                check_index_file(path)
-            except DamagedFile as error:
-                problems.append(str(error))
-        try:
-            with self._catalog.reading() as db:
-                pictures = list(sql.all_pictures(db))
-                count = sql.count_items(db)
-        except (DamagedFile, StorageError) as error:
-            return [*problems, str(error)]
-        checked: dict[tuple[str, str | None, str | None], str | None] = {}
-        for id, picture in pictures:
-            key = (picture.sha256, picture.root, picture.path)
-            if key not in checked:
-                checked[key] = self._pictures.damaged(picture, id)
-                if checked[key]:
-                    problems.append(str(checked[key]))
-        if count != len(self):
-            problems.append(f"the index holds {len(self)} items and the catalogue {count}")
-        return [*problems, *self._check_encoder()]
-
-    def _check_encoder(self) -> list[str]:
-        folder = self.encoder_path
-        if folder is None:
-            return []
-        try:
-            found = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("fingerprint")
-        except (OSError, ValueError, AttributeError) as error:
-            return [f"{folder / 'manifest.json'} cannot be read: {error}"]
-        if found != self.fingerprint:
-            return [f"the encoder in {folder} is {found}, and the collection was made by {self.fingerprint}"]
-        return []
-
-
-def fill(index: VectorIndex, db: Any, *, count: int, held: NDArray[np.int64], dim: int) -> HeldOut:
-    """Add all rows of the catalogue to an index but the held-out ones, and return those."""
-    none = np.empty((0, dim), np.float32)
-    index.prepare(training_sample(db, without=held, dim=dim) if index.learns else none, count)
-    rows, vectors = [np.empty(0, np.int64)], [np.empty((0, dim), np.float32)]
-    for block_rows, block_vectors in sql.rows_after(db, 0, dim=dim, block=16_384):
-        out = np.isin(block_rows, held)
-        rows.append(block_rows[out])
-        vectors.append(block_vectors[out])
-        index.add(block_rows[~out], block_vectors[~out])
-    return HeldOut(np.concatenate(rows), np.concatenate(vectors))
-
-
-def check_kind_of(path: Path, kind: str) -> None:
-    """Refuse a snapshot of an index kind that cannot be had here. Raises DamagedFile."""
-    try:
-        resolve("index kind", kind, KINDS)
-    except ConfigError as error:
-        raise DamagedFile(f"{path} cannot be read here: {error}") from error
-
-
-def is_damage(path: Path, error: Exception) -> bool:
-    """Whether a snapshot has shown to be broken for good: by its length or a checksum, in a known format."""
-    if not isinstance(error, DamagedFile) or isinstance(error.__cause__, OSError | ConfigError):
-        return False
-    try:
-        with open(path, "rb") as file:
-            prefix = file.read(PREFIX.size)
-            if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
-                return True
-            _, offset, length, digest = PREFIX.unpack(prefix)
-            file.seek(offset)
-            encoded = file.read(length)
-    except (FileNotFoundError, OverflowError, MemoryError):  # a length that no file has
-        return True
-    except OSError:
-        return False
-    return hashlib.sha256(encoded).digest() != digest or json.loads(encoded).get("format", 0) <= FORMAT
+        return check(
+            self._catalog,
+            self._snapshots,
+            self._pictures,
+            searched=len(self),
+            encoder=self.encoder_path,
+            fingerprint=self.fingerprint,
+        )
 
 
 def bytes_below(folder: Path) -> int:
@@ -738,28 +515,3 @@ def bytes_below(folder: Path) -> int:
         with suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total
-
-
-def check_id(id: str) -> None:
-    """Refuse what cannot be an id: not text, empty, too long, control characters. Raises UsageError."""
-    problem = id_problem(id) if isinstance(id, str) else f"an item's id must be text, got {id!r:.80}"
-    if problem is not None:
-        raise UsageError(problem)
-
-
-def check_unicode(id: str) -> None:
-    """Refuse bytes that are no UTF-8, as a shell may pass them. Raises UsageError."""
-    try:
-        id.encode()
-    except UnicodeEncodeError:
-        raise UsageError(
-            f"an item's id is Unicode text, got {id!r:.80}, which is not (bytes that are no UTF-8?)"
-        ) from None
-
-
-def encode_payload(payload: Payload, id: str) -> str:
-    """The payload as JSON text. Raises UsageError for what JSON cannot say."""
-    try:
-        return json.dumps(dict(payload), ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f'The payload of item "{id}" cannot be written as JSON: {error}') from None

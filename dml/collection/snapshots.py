@@ -1,0 +1,143 @@
+"""Saved indexes of a collection: each as of one change, checksummed, and never needed to have the items.
+
+::
+
+    snapshots/<seq>.index    the index as of change <seq>; may be deleted at any time
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dml.collection import catalog as sql
+from dml.collection.generation import Snapshot
+from dml.errors import ConfigError, DamagedFile, MissingExtra
+from dml.index import KINDS, load_index
+from dml.index.file import FORMAT, MAGIC, PREFIX, check_index_file, read_header
+from dml.registry import resolve
+from dml.storage import ASIDE
+
+log = logging.getLogger(__name__)
+
+FOLDER = "snapshots"
+"""Below the folder of a collection."""
+KEPT = 2
+
+
+class Snapshots:
+    """The folder of them.
+
+    Args:
+        folder: of the collection.
+        fingerprint: of the collection's encoder; a snapshot of other vectors is not believed.
+        dim: of its vectors.
+        device: where indexes are loaded.
+        read_only: nothing is deleted, whatever state it is in.
+    """
+
+    def __init__(
+        self, folder: Path, *, fingerprint: str, dim: int, device: str = "auto", read_only: bool = False
+    ) -> None:
+        self.folder = folder / FOLDER
+        self.fingerprint, self.dim, self.device, self.read_only = fingerprint, dim, device, read_only
+        self.unread: list[Path] = []
+        """Those that may be sound, and that this process cannot read: nobody replaces them unasked."""
+
+    def path(self, sequence: int) -> Path:
+        return self.folder / f"{sequence:012d}.index"
+
+    def paths(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.folder.glob("*.index"), reverse=True)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write it, completely or not at all. Raises StorageError."""
+        note = {
+            "sequence": snapshot.sequence,
+            "last_row": snapshot.last_row,
+            "fingerprint": self.fingerprint,
+            "measured": snapshot.measured,
+        }
+        snapshot.index.save(self.path(snapshot.sequence), note=note)
+
+    def load(self, db: Any) -> Snapshot | None:
+        """The newest that is whole and fits the catalogue; None when there is none.
+
+        Only what has shown to be damaged is deleted: its length or a checksum is wrong, in a format that is
+        known. What a newer dml wrote, or what cannot be read just now, is passed over and stays.
+        """
+        sequence, horizon = sql.read_state(db)
+        self.unread = []
+        for path in self.paths():
+            try:
+                header = read_header(path)
+                note, origin = header.note, (header.note.get("fingerprint"), header.dim)
+                if origin != (self.fingerprint, self.dim) or not horizon <= note["sequence"] <= sequence:
+                    log.warning("%s does not belong to this state of the catalogue; passed over", path)
+                    continue
+                check_kind_of(path, header.kind)
+                index = load_index(path, device=self.device)
+                return Snapshot(index, note["sequence"], note["last_row"], note.get("measured"))
+            except (DamagedFile, OSError, KeyError) as error:
+                log.warning("%s; passed over, nothing is lost: the catalogue has everything", error)
+                if not is_damage(path, error):
+                    self.unread.append(path)
+                elif not self.read_only:
+                    path.unlink(missing_ok=True)
+            except MissingExtra as error:
+                log.warning("%s Until then this collection is searched exactly, with numpy.", error)
+                return None
+        return None
+
+    def drop_old(self) -> int | None:
+        """Delete all but the newest `KEPT` and what was half-written.
+
+        Returns:
+            The change of the oldest that is kept: older removals need not be remembered; None while there
+            are fewer than `KEPT`.
+        """
+        paths = self.paths()
+        for path in paths[KEPT:]:
+            path.unlink(missing_ok=True)
+        for leftover in self.folder.glob(f".*{ASIDE}"):
+            leftover.unlink(missing_ok=True)
+        return int(paths[KEPT - 1].stem) if len(paths) >= KEPT else None
+
+    def check(self) -> list[str]:
+        """One sentence for each that does not fit its checksums."""
+        problems = []
+        for path in self.paths():
+            try:
+                check_index_file(path)
+            except DamagedFile as error:
+                problems.append(str(error))
+        return problems
+
+
+def check_kind_of(path: Path, kind: str) -> None:
+    """Refuse a snapshot of an index kind that cannot be had here. Raises DamagedFile."""
+    try:
+        resolve("index kind", kind, KINDS)
+    except ConfigError as error:
+        raise DamagedFile(f"{path} cannot be read here: {error}") from error
+
+
+def is_damage(path: Path, error: Exception) -> bool:
+    """Whether a snapshot has shown to be broken for good: by its length or a checksum, in a known format."""
+    if not isinstance(error, DamagedFile) or isinstance(error.__cause__, OSError | ConfigError):
+        return False
+    try:
+        with open(path, "rb") as file:
+            prefix = file.read(PREFIX.size)
+            if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
+                return True
+            _, offset, length, digest = PREFIX.unpack(prefix)
+            file.seek(offset)
+            encoded = file.read(length)
+    except (FileNotFoundError, OverflowError, MemoryError):  # a length that no file has
+        return True
+    except OSError:
+        return False
+    return hashlib.sha256(encoded).digest() != digest or json.loads(encoded).get("format", 0) <= FORMAT
