@@ -20,7 +20,8 @@
     │   ├── UnknownItem
     │   ├── ImageNotKept                  the item has no picture
     │   ├── ModelMismatch                 made by an encoder of another fingerprint
-    │   ├── FilterInvalid
+    │   ├── FilterInvalid                 names the condition by its JSON Pointer
+    │   ├── CursorInvalid                 not given out here, or for another search
     │   ├── CursorExpired
     │   ├── CollectionLocked              another process is writing
     │   ├── ReadOnly
@@ -112,6 +113,14 @@ class ModelMismatch(CollectionError):
 
 
 class FilterInvalid(CollectionError):
+    """Has `pointer`, the JSON Pointer of what is wrong in the filter, and `detail`, what that is."""
+
+    def __init__(self, detail: str, *, pointer: str = "") -> None:
+        super().__init__(f"filter{pointer}: {detail}")
+        self.detail, self.pointer = detail, pointer
+
+
+class CursorInvalid(CollectionError):
     pass
 
 
