@@ -351,10 +351,9 @@ class FaissIndex:
         """Read what `save` wrote. Raises DamagedFile, MissingExtra."""
         header = check_index_file(path)
         index = cls(header.dim, device=device, **header.settings)
-        index.rows = Rows(read_array(path, header, "ids", np.int64, (header.count,)))
         bits = read_array(path, header, "alive", np.uint8, ((header.count + 7) // 8,))
-        index.rows.alive = np.unpackbits(bits, count=header.count, bitorder="little").astype(bool)
-        index.rows.live = int(index.rows.alive.sum())
+        alive = np.unpackbits(bits, count=header.count, bitorder="little").astype(bool)
+        index.rows = Rows(read_array(path, header, "ids", np.int64, (header.count,)), alive)
         if "engine" in header.sections:
             offset, length, _ = header.sections["engine"]
             with open(path, "rb") as file:

@@ -9,13 +9,16 @@ from dml.index.base import Ids, check_ids
 class Rows:
     """Slots 0, 1, 2, … with their ids; a removed id leaves a dead slot behind.
 
-    The table of ids only grows and is shared between views; the mask of living slots belongs to each view.
+    The table of ids only grows and is shared between views, each of which sees its own beginning of it. So is
+    the mask of living slots, until a view kills some: then it gets its own. Only the newest view may grow
+    (one writer), while older ones go on answering.
     """
 
-    def __init__(self, ids: Ids | None = None) -> None:
+    def __init__(self, ids: Ids | None = None, alive: NDArray[np.bool_] | None = None) -> None:
         self.ids: Ids = np.empty(0, np.int64) if ids is None else ids
-        self.alive: NDArray[np.bool_] = np.ones(len(self.ids), bool)
-        self.live = len(self.ids)
+        self.alive: NDArray[np.bool_] = np.ones(len(self.ids), bool) if alive is None else alive
+        self._room: tuple[Ids, NDArray[np.bool_]] = (self.ids, self.alive)  # what the two are the start of
+        self.live = int(self.alive.sum())
         self._ascending = bool((np.diff(self.ids) >= 0).all())
         self._sorter: NDArray[np.int64] | None = None
         self._bits: NDArray[np.uint8] | None = None
@@ -53,25 +56,37 @@ class Rows:
         if len(ids):
             ordered = bool((np.diff(ids) > 0).all())
             self._ascending &= ordered and (not len(self.ids) or ids[0] >= self.ids[-1])
-        self.ids = np.concatenate([self.ids, ids])
-        self.alive = np.concatenate([self.alive, np.ones(len(ids), bool)])
+        self._grow(ids)
         self.live += len(ids)
         self._sorter = self._bits = None
+
+    def _grow(self, ids: Ids) -> None:
+        """Write living slots behind the last one; the room for them doubles, so that a slot costs O(1)."""
+        used, count = len(self.ids), len(self.ids) + len(ids)
+        names, alive = self._room
+        if len(names) < count:
+            names = enlarged(names, used, max(64, 2 * count))
+        if len(alive) < count:
+            alive = enlarged(alive, used, max(64, 2 * count))
+        names[used:count], alive[used:count] = ids, True
+        self.ids, self.alive, self._room = names[:count], alive[:count], (names, alive)
 
     def kill(self, ids: Ids) -> int:
         """Mark the slots of these ids dead; how many there were."""
         slots = np.unique(self.find(np.asarray(ids, np.int64)))
         slots = slots[slots >= 0]
-        self.alive[slots] = False
-        self.live -= len(slots)
-        self._bits = None
+        if len(slots):
+            self.alive = self.alive.copy()
+            self._room = (self._room[0], self.alive)
+            self.alive[slots] = False
+            self.live -= len(slots)
+            self._bits = None
         return len(slots)
 
     def view(self) -> "Rows":
-        """A copy that shares the ids and has its own mask."""
+        """A copy that shares everything until one of the two changes."""
         twin = Rows.__new__(Rows)
-        twin.ids, twin.alive, twin.live = self.ids, self.alive.copy(), self.live
-        twin._ascending, twin._sorter, twin._bits = self._ascending, self._sorter, None
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def living(self) -> NDArray[np.int64]:
@@ -83,3 +98,10 @@ class Rows:
         if self._bits is None:
             self._bits = np.packbits(self.alive, bitorder="little")
         return self._bits
+
+
+def enlarged(array: NDArray, used: int, size: int) -> NDArray:
+    """An array of `size` places that begins with the first `used` of another."""
+    larger = np.empty(size, array.dtype)
+    larger[:used] = array[:used]
+    return larger
