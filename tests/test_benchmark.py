@@ -460,6 +460,54 @@ def test_a_cut_file_is_measured_again_and_gives_the_same(copied: Path, shapes: P
     assert after["recipe_digest"] == before["recipe_digest"]
 
 
+def test_rows_begin_with_one_trunk_trained_on_classes_that_they_never_see(
+    shapes: Path, tmp_path: Path
+) -> None:
+    pretrain = "[pretrain]\nclasses = 4\nrecipe.train = { epochs = 2, classes_per_batch = 2 }\n"
+    suite = load_suite(write_suite(tmp_path, MINI.replace("[base.data]", f"{pretrain}[base.data]", 1)))
+    order, place = order_in(tmp_path, shapes, ("triplet", "contrastive")), place_in(tmp_path)
+    board = run_suite(order, suite, jobs=2, say=quiet, show=quiet)
+    assert board.failures == []
+    [trunk] = (tmp_path / "work" / "mini").glob("trunk-*/encoder")
+    fingerprint = json.loads((trunk / "manifest.json").read_text())["fingerprint"]
+    results = [r for row in order.rows for r in read_row(place, row).all()]
+    assert {r["trunk"] for r in results} == {fingerprint}
+    assert {r["recipe"]["model"]["weights"] for r in results} == {""}, "a path of this machine"
+
+    folds = Folds.from_json((place.results / "folds.json").read_text(), "folds")
+    assert len(folds.pretrain) == 4
+    listed = {p: p.read_text() for p in (tmp_path / "work" / "mini").rglob("*.csv") if p.stem != "bad_images"}
+    pretrained = [text for path, text in listed.items() if path.stem.startswith("trunk-")]
+    fine_tuned = [text for path, text in listed.items() if path.stem.startswith("fold-")]
+    assert len(pretrained) == 1
+    assert len(fine_tuned) == 2
+    for name in folds.pretrain:
+        assert f"/{name}/" in pretrained[0]
+        assert not any(f"/{name}/" in text for text in fine_tuned)
+    for name in (name for part in folds.parts for name in part):
+        assert f"/{name}/" not in pretrained[0]
+        assert all(f"/{name}/" in text for text in fine_tuned)
+
+    found = replay(order, place, "triplet", 1, tell=quiet)
+    assert found.is_equal, "the replay begins with the same trunk"
+    path = place.file("triplet", "seed-0")
+    write_result(path, json.loads(path.read_text()) | {"trunk": "0" * 64})
+    with pytest.raises(ConfigError, match="began with the trunk 000000000000"):
+        work(order, quiet)
+    with pytest.raises(ConfigError, match="cannot stand in one table: trunk"):
+        make_table(suite, place)
+
+
+def test_a_pretrained_trunk_must_fit_the_rows_and_the_classes(shapes: Path, tmp_path: Path) -> None:
+    other = "[pretrain]\nclasses = 4\nrecipe.model = { trunk_args = { widths = [4], blocks = [1] } }\n"
+    with pytest.raises(ConfigError, match=r"pretrain: model.trunk_args is .* and that of the rows"):
+        load_suite(write_suite(tmp_path, MINI.replace("[base.data]", f"{other}[base.data]", 1)))
+    many = MINI.replace("[base.data]", "[pretrain]\nclasses = 6\n[base.data]", 1)
+    suite = load_suite(write_suite(tmp_path, many))
+    with pytest.raises(DataError, match="2 folds need at least 4 training classes besides the 6"):
+        open_pictures(suite, str(shapes), tmp_path)
+
+
 def test_a_killed_benchmark_goes_on_and_loses_nothing(shapes: Path, measured: Path, tmp_path: Path) -> None:
     write_suite(tmp_path)
     command = [sys.executable, "-m", "dml.cli.main", "bench", "run", "mini.toml", "--data", str(shapes)]

@@ -34,6 +34,7 @@ from eval.benchmark.results import (
     write_result,
 )
 from eval.benchmark.suite import Suite, digest_of, load_suite
+from eval.benchmark.trunk import refuse_other_trunks, with_trunk
 from eval.benchmark.worker import Event, Order
 
 Say = Callable[[str], None]
@@ -88,6 +89,8 @@ def frozen_text(suite: Suite, row: str, results: RowResults, recipe: Recipe) -> 
         f"# Chosen by {len(results.trials)} tuning runs; validation MAP@R {fmean(values):.4f} over "
         f"{len(values)} seeds.\n"
     )
+    if suite.pretrain is not None:
+        head += "# Begins with the pretrained trunk of the suite: set model.weights to such a file.\n"
     return head + tomli_w.dumps(recipe_tree(recipe))
 
 
@@ -115,6 +118,8 @@ def look(order: Order, place: Place, *, named: bool, say: Say, tell: Callable[[E
     for row in rows:
         refuse_look(suite, place, row)
     bench = Bench(suite, open_pictures(suite, order.data, place.results), Path(order.work))
+    bench = with_trunk(bench, place, bench.work, lambda step, steps: None)
+    refuse_other_trunks(bench, place)
     for row in rows:
         check_row_results(suite, row, read_row(place, row), bench.settings)
     with locked(place, "final") as mine:
@@ -239,7 +244,8 @@ def figures_on_test(
     if "failure" in run:
         return dict.fromkeys(run["figures"], 0.0), {"failure": run["failure"]}
     if kind != "trained":
-        recipe = this.bench.suite.recipe(this.row, seed=run["number"])
+        weights = str(this.bench.weights or "")
+        recipe = this.bench.suite.recipe(this.row, seed=run["number"], weights=weights)
         train, _ = pictures.fold(run["fold"])
         rows, vectors = baseline_vectors(kind, recipe, pictures.test, train)
         found = [pictures.test[row] for row in rows]

@@ -114,7 +114,9 @@ def check_settings(suite: Suite, found: Mapping[str, RowResults]) -> None:
                     f"The rows {first[0]} and {name} cannot stand in one table: their settings differ in "
                     f"{'; '.join(unlike)}. Measure one of them again under the settings of the other."
                 )
-            lines = differences(first[1]["settings"], result["settings"])
+            lines = differences(
+                *({**one["settings"], "trunk": one.get("trunk", "")} for one in (first[1], result))
+            )
             if lines:
                 raise ConfigError(
                     f"The rows {first[0]} and {name} cannot stand in one table: {'; '.join(lines)}."
@@ -358,6 +360,8 @@ def settings_lines(suite: Suite) -> list[str]:
     recipe = suite.recipe(next(iter(suite.rows)))
     model, train, data, protocol = recipe.model, recipe.train, recipe.data, suite.protocol
     weights = "pretrained weights" if model.pretrained or model.weights else "random weights"
+    if suite.pretrain is not None:
+        weights = f"pretrained on {suite.pretrain.classes} of the training classes, which no row sees then"
     norm = "frozen" if model.freeze_batch_norm else "trained"
     steps = f"{train.epochs} epochs" + (f" of {train.steps_per_epoch} steps" if train.steps_per_epoch else "")
     args = f" ({in_words(model.trunk_args)})" if model.trunk_args else ""

@@ -1,15 +1,15 @@
 """Which pictures a run may see: class-disjoint folds inside the training classes.
 
-Folds depend on class names only. They are a file beside the suite, or beside the results when the suite has
-none yet. A run gets a manifest of its training folds and its validation fold: pictures of test classes are
-not even listed, so no run can select by them.
+Folds, and the classes of a suite's pretrained trunk, depend on class names only. They are a file beside the
+suite, or beside the results when the suite has none yet. A run gets a manifest of its training folds and its
+validation fold: pictures of test classes are not even listed, so no run can select by them.
 """
 
 import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,13 @@ class Folds:
 
     parts: tuple[tuple[str, ...], ...]
     test: tuple[str, ...]
+    pretrain: tuple[str, ...] = ()
+    """Training classes that only the pretrained trunk sees."""
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
-        for number, part in enumerate((*self.parts, self.test)):
-            where = "test" if number == len(self.parts) else f"fold {number}"
+        named = {f"fold {number}": part for number, part in enumerate(self.parts)}
+        for where, part in {**named, "test": self.test, "pretrain": self.pretrain}.items():
             for name in part:
                 if name in seen:
                     raise DataError(f'the class "{name}" is in {seen[name]} and in {where}; folds share none')
@@ -39,16 +41,18 @@ class Folds:
 
     @property
     def digest(self) -> str:
-        return digest_of([self.parts, self.test])
+        return digest_of([self.parts, self.test, *([self.pretrain] if self.pretrain else [])])
 
     def to_json(self) -> str:
-        return json.dumps({"format": 1, "folds": self.parts, "test": self.test}, indent=1) + "\n"
+        tree = {"format": 1, "folds": self.parts, "test": self.test}
+        return json.dumps({**tree, **({"pretrain": self.pretrain} if self.pretrain else {})}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Folds":
         try:
             tree = json.loads(text)
-            return cls(tuple(tuple(part) for part in tree["folds"]), tuple(tree["test"]))
+            parts = tuple(tuple(part) for part in tree["folds"])
+            return cls(parts, tuple(tree["test"]), tuple(tree.get("pretrain", ())))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where} is no file of folds: {error!r}") from None
 
@@ -57,11 +61,12 @@ class Folds:
 class Pictures:
     """The data of a suite: the records by their use, and the hash of what they are."""
 
-    pool: tuple[Record, ...]  # of the training classes
+    pool: tuple[Record, ...]  # of the training classes that are in folds
     test: tuple[Record, ...]  # searched in themselves; or the queries
     gallery: tuple[Record, ...]  # of the test classes, where the data has one
     folds: Folds
     digest: str
+    pretrain: tuple[Record, ...] = ()  # of the classes of the pretrained trunk
 
     def fold(self, number: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
         """Training and validation records of a fold."""
@@ -70,20 +75,26 @@ class Pictures:
         return train, tuple(r for r in self.pool if r.label in held)
 
 
-def make_folds(train: Sequence[str], test: Sequence[str], *, folds: int, seed: int) -> Folds:
+def make_folds(
+    train: Sequence[str], test: Sequence[str], *, folds: int, seed: int, pretrain: int = 0
+) -> Folds:
     """Deal the training classes out in an order that only their names and the seed decide.
+
+    Args:
+        pretrain: so many classes go to the pretrained trunk first.
 
     Raises:
         DataError: fewer than two classes for a fold.
     """
     names = sorted(set(train))
-    if len(names) < 2 * folds:
+    if len(names) - pretrain < 2 * folds:
+        apart = f" besides the {pretrain} of the pretrained trunk" if pretrain else ""
         raise DataError(
-            f"{folds} folds need at least {2 * folds} training classes, and there are {len(names)}"
+            f"{folds} folds need at least {2 * folds} training classes{apart}, and there are {len(names)}"
         )
     names.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    parts = tuple(tuple(sorted(names[start::folds])) for start in range(folds))
-    return Folds(parts, tuple(sorted(set(test))))
+    parts = tuple(tuple(sorted(names[start::folds])) for start in range(pretrain, pretrain + folds))
+    return Folds(parts, tuple(sorted(set(test))), tuple(sorted(names[:pretrain])))
 
 
 def open_pictures(suite: Suite, data: str, results: Path) -> Pictures:
@@ -112,8 +123,18 @@ def open_pictures(suite: Suite, data: str, results: Path) -> Pictures:
         list(counted(test + gallery)),
         folds=suite.protocol.folds,
         seed=suite.protocol.fold_seed,
+        pretrain=0 if suite.pretrain is None else suite.pretrain.classes,
     )
-    return Pictures(pool, test, gallery, stored_folds(suite, made, results), digest)
+    folds = stored_folds(suite, made, results)
+    apart = set(folds.pretrain)
+    return Pictures(
+        pool=tuple(r for r in pool if r.label not in apart),
+        test=test,
+        gallery=gallery,
+        folds=folds,
+        digest=digest,
+        pretrain=tuple(r for r in pool if r.label in apart),
+    )
 
 
 def folds_file(suite: Suite, results: Path) -> Path:
@@ -140,6 +161,7 @@ def stored_folds(suite: Suite, made: Folds, results: Path) -> Folds:
     for name, ours, theirs in (
         ("training", {c for part in stored.parts for c in part}, {c for part in made.parts for c in part}),
         ("test", set(stored.test), set(made.test)),
+        ("pretraining", set(stored.pretrain), set(made.pretrain)),
     ):
         if ours != theirs:
             raise DataError(
@@ -167,13 +189,18 @@ def pictures_digest(table: ImageTable) -> str:
     return hashlib.sha256("\x1e".join(sorted(rows)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def write_manifest(pictures: Pictures, fold: int, path: Path) -> Path:
+def fold_manifest(pictures: Pictures, fold: int, path: Path) -> Path:
     """A manifest of one fold: training and validation pictures, and no others."""
     train, validation = pictures.fold(fold)
+    return write_manifest({"train": train, "validation": validation}, path)
+
+
+def write_manifest(splits: Mapping[str, Sequence[Record]], path: Path) -> Path:
+    """A manifest of these pictures; the split "" leaves it to the training run to divide them."""
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(("path", "label", "split", "box"))
-    for split, records in (("train", train), ("validation", validation)):
+    for split, records in splits.items():
         for record in records:
             box = " ".join(map(str, record.box or ()))
             rows.writerow((record.path.absolute(), record.label, split, box))

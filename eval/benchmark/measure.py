@@ -28,7 +28,7 @@ from dml.data.table import Record
 from dml.errors import TrainingDiverged
 from dml.metrics import retrieval_metrics
 from eval.benchmark.baselines import baseline_vectors
-from eval.benchmark.folds import Pictures, write_manifest
+from eval.benchmark.folds import Pictures, fold_manifest
 from eval.benchmark.results import Item, Result
 from eval.benchmark.suite import Kind, Suite, digest_of
 
@@ -48,6 +48,10 @@ class Bench:
     suite: Suite
     pictures: Pictures
     work: Path  # WORK/SUITE: manifests, checkpoints, encoders
+    weights: Path | None = None
+    """Of the trunk that all rows begin with; see `eval.benchmark.trunk`."""
+    trunk: str = ""
+    """Its fingerprint."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def run_recipe(bench: Bench, item: Item, parameters: Mapping[str, Any]) -> Recip
     """The recipe of a run, its manifest written."""
     protocol = bench.suite.protocol
     name = f"fold-{item.fold}-{bench.pictures.folds.digest[:8]}.csv"
-    manifest = write_manifest(bench.pictures, item.fold, bench.work / "folds" / name)
+    manifest = fold_manifest(bench.pictures, item.fold, bench.work / "folds" / name)
     trial = item.phase == "trial"
     return bench.suite.recipe(
         item.row,
@@ -109,13 +113,13 @@ def run_recipe(bench: Bench, item: Item, parameters: Mapping[str, Any]) -> Recip
         seed=TRIAL_SEED + item.fold if trial else item.number,
         share=protocol.trial_share if trial else 1.0,
         source=str(manifest),
+        weights=str(bench.weights or ""),
     )
 
 
 def identity(bench: Bench, row: str, recipe: Recipe) -> dict[str, Any]:
     """What the figures of a run belong to: recipe, settings, data, code, versions and machine."""
-    tree = recipe_tree(recipe)
-    tree["data"]["source"] = ""  # a path of this machine says nothing elsewhere
+    tree = portable_tree(bench, recipe)
     return {
         "recipe": tree,
         "recipe_digest": digest_of(tree),
@@ -124,17 +128,27 @@ def identity(bench: Bench, row: str, recipe: Recipe) -> dict[str, Any]:
         "row_digest": bench.suite.row_digest(row),
         "data_digest": bench.pictures.digest,
         "folds_digest": bench.pictures.folds.digest,
+        **({"trunk": bench.trunk} if bench.trunk else {}),
         "code": code_digests(),
         "environment": environment_of(recipe),
     }
 
 
+def portable_tree(bench: Bench, recipe: Recipe) -> dict[str, Any]:
+    """A recipe without the paths of this machine, which say nothing elsewhere."""
+    tree = recipe_tree(recipe)
+    tree["data"]["source"] = ""
+    if bench.weights is not None:
+        tree["model"]["weights"] = ""
+    return tree
+
+
 def run_folder(bench: Bench, item: Item, recipe: Recipe) -> Path:
     """Where a run keeps checkpoints and its encoder. Another recipe, other pictures or other code: another
     folder, so that an interrupted run never goes on with what it was not begun with."""
-    tree = recipe_tree(recipe)
-    tree["data"]["source"] = ""
-    mark = digest_of([tree, bench.pictures.digest, bench.pictures.folds.digest, code_digests()["all"]])
+    tree = portable_tree(bench, recipe)
+    origin = [bench.pictures.digest, bench.pictures.folds.digest, *([bench.trunk] if bench.trunk else [])]
+    mark = digest_of([tree, *origin, code_digests()["all"]])
     return bench.work / item.row / f"{item.name}-{mark[:8]}"
 
 

@@ -30,7 +30,8 @@ class Replay:
     def changes(self) -> list[str]:
         """What was different around the two runs: machine, versions, code."""
         left, right = (
-            {**r["environment"], "code": r["code"]["parts"]} for r in (self.recorded, self.repeated)
+            {**r["environment"], "code": r["code"]["parts"], "trunk": r.get("trunk", "")}
+            for r in (self.recorded, self.repeated)
         )
         return differences(left, right)
 
@@ -75,7 +76,12 @@ def replay(order: Order, place: Place, row: str, seed: int, *, tell: Callable[[E
     Path(order.work).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"replay-{row}-{seed}-", dir=order.work))
     try:
-        repeated = repeat(replace(order, work=str(work)), suite, place.file(row, f"seed-{seed}"), tell=tell)
+        repeated = repeat(
+            replace(order, work=str(work), trunks=order.work),
+            suite,
+            place.file(row, f"seed-{seed}"),
+            tell=tell,
+        )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Replay(recorded, repeated)

@@ -15,6 +15,10 @@ A suite is a TOML file::
     [base]                                  # a recipe, as for `dml train`; every row shares it
     train.epochs = 30
 
+    [pretrain]                              # optional: all rows begin with a trunk that is trained first,
+    classes = 40                            # on so many of the training classes, which no row sees then
+    recipe.loss = { name = "cross_entropy" }
+
     [rows.triplet]
     title = "Triplet"
     recipe.loss = { name = "triplet", args = { margin = 0.1 } }
@@ -159,6 +163,22 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """A trunk that is trained once, before all rows, as a substitute for published weights."""
+
+    __pydantic_config__ = STRICT
+
+    classes: int
+    """How many of the training classes it is trained on (a fifth of them chooses its weights); no row sees
+    their pictures."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """What it changes in the base recipe; the trunk must stay the same."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 4, "classes")
+
+
+@dataclass(frozen=True)
 class SuiteData:
     """Which pictures a suite is about."""
 
@@ -182,6 +202,7 @@ class Suite:
     about: str = ""
     data: SuiteData = SuiteData()
     protocol: Protocol = Protocol()
+    pretrain: Pretraining | None = None
     name: str = ""
     path: Path = Path()
 
@@ -212,6 +233,7 @@ class Suite:
         seed: int = 0,
         share: float = 1.0,
         source: str = "",
+        weights: str = "",
     ) -> Recipe:
         """The recipe of one run.
 
@@ -219,11 +241,14 @@ class Suite:
             parameters: tuned keys and their values; None: as stated.
             share: of the epochs.
             source: the manifest of the run's fold.
+            weights: file of the pretrained trunk, where the suite has one.
 
         Raises:
             ConfigError: the parts do not make a valid recipe.
         """
         tree = merged(self.base, self.row(name).recipe)
+        if weights:
+            put(tree, "model.weights", weights)
         for key, value in (parameters or {}).items():
             put(tree, key, value)
         # The manifest lists no test pictures, and none of its own are to be held out for testing.
@@ -234,6 +259,31 @@ class Suite:
         if share < 1:
             put(tree, "train.epochs", max(1, round(share * recipe.train.epochs)))
             recipe = parse_recipe(tree, f"{self.path}, row {name}")
+        return recipe
+
+    def pretraining_recipe(self, source: str) -> Recipe:
+        """The recipe of the trunk that all rows begin with.
+
+        Args:
+            source: the manifest of its classes.
+
+        Raises:
+            ConfigError: there is no such trunk, it is another one than that of the rows, or the parts do
+                not make a valid recipe.
+        """
+        if self.pretrain is None:
+            raise ConfigError(f"The suite {self.name} has no [pretrain].")
+        tree = merged(self.base, self.pretrain.recipe)
+        fixed = {"data.source": source, "data.protocol": "open-set", "data.test_share": 0.0}
+        for key, value in {**fixed, "train.seed": self.protocol.fold_seed}.items():
+            put(tree, key, value)
+        recipe, base = parse_recipe(tree, f"{self.path}, pretrain"), parse_recipe(self.base, str(self.path))
+        for key in ("trunk", "trunk_args"):
+            ours, theirs = getattr(recipe.model, key), getattr(base.model, key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"{self.path}, pretrain: model.{key} is {ours!r}, and that of the rows {theirs!r}"
+                )
         return recipe
 
     def row_digest(self, name: str) -> str:
@@ -255,7 +305,8 @@ class Suite:
 
     def settings(self, data: str, folds: str) -> dict[str, Any]:
         """What must be equal for results to stand in one table: base recipe, protocol, pictures and folds."""
-        return {"base": self.base, "protocol": vars(self.protocol), "data": data, "folds": folds}
+        shared = {"base": self.base, "protocol": vars(self.protocol), "data": data, "folds": folds}
+        return shared if self.pretrain is None else {**shared, "pretrain": vars(self.pretrain)}
 
 
 def load_suite(source: str | Path) -> Suite:
@@ -274,6 +325,8 @@ def load_suite(source: str | Path) -> Suite:
         raise ConfigError(f"{path} is not a valid suite:\n{problems}") from None
     for name in suite.rows:
         check_row(suite, name)
+    if suite.pretrain is not None:
+        suite.pretraining_recipe("")
     return suite
 
 
@@ -325,6 +378,8 @@ def explained(problem: Any) -> str:
             here: type = SuiteData
         case ("protocol",):
             here = Protocol
+        case ("pretrain",):
+            here = Pretraining
         case ("rows", _):
             here = Row
         case ("rows", _, "space", _):

@@ -32,6 +32,7 @@ from eval.benchmark.results import (
     write_result,
 )
 from eval.benchmark.suite import load_suite
+from eval.benchmark.trunk import refuse_other_trunks, with_trunk
 
 PAUSE = 1.0
 """Seconds until a worker looks again when every run that is ready is taken by another."""
@@ -51,6 +52,8 @@ class Order:
     """Instead of what is left: the run of this result file once more …"""
     written: str = ""
     """… with its result in this file."""
+    trunks: str = ""
+    """WORK/SUITE of the pretrained trunk, where runs go somewhere else."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,12 @@ def work(order: Order, tell: Tell) -> None:
     logging.getLogger(name).setLevel(logging.WARNING)
     place = Place(Path(order.results))
     bench = Bench(suite, open_pictures(suite, order.data, place.results), Path(order.work))
+    home = Path(order.trunks or order.work)
+    bench = with_trunk(bench, place, home, lambda step, steps: tell(Event("step", "", "trunk", step, steps)))
     if order.again:
         repeat_one(bench, Path(order.again), Path(order.written), tell)
         return
+    refuse_other_trunks(bench, place)
     broken: set[str] = set()
     for row in order.rows:
         check_row_results(suite, row, read_row(place, row), bench.settings)
