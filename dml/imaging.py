@@ -6,6 +6,7 @@ safe decoder are opened, and no process-wide setting of Pillow is touched.
 """
 
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,12 @@ class BadImage:
 
 
 def decode(
-    source: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS, max_bytes: int | None = None
+    source: bytes | Path,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_bytes: int | None = None,
+    least: Callable[[int, int], float] | None = None,
+    name: str | None = None,
 ) -> Image.Image:
     """Return the picture as upright 8-bit RGB, without metadata.
 
@@ -71,8 +77,8 @@ def decode(
     (v / 257, rounded); of an animation the first frame is taken; CMYK and palettes are converted.
 
     Beside what the decoder of the format needs for itself, this takes about 8 bytes of memory per pixel at
-    its peak: one copy as stored and one as RGB, whatever the mode. A JPEG is decoded in full size even where
-    a small picture is wanted: scaling while decoding is another filter, and would give other vectors.
+    its peak: one copy as stored and one as RGB, whatever the mode. A JPEG is decoded in full size unless
+    `least` allows less: scaling while decoding is another filter, and gives slightly other vectors.
 
     Args:
         source: the bytes, or the file that holds them.
@@ -80,16 +86,21 @@ def decode(
             gigabytes).
             Pillow's own ceiling (about 179 million pixels) stays in force above it.
         max_bytes: files and byte strings longer than this are refused unread; None: any length.
+        least: (width, height) as stored -> the share of both that must be left. A JPEG may then come out at
+            1/2, 1/4 or 1/8 of its size; pixels are counted in full all the same. None: in full size.
+        name: what messages call bytes whose file was read before.
 
     Raises:
         ImageTooLarge: more pixels or bytes than allowed.
         UnsupportedImage: a known format that is not read here, or a colour space without a conversion.
         InvalidImage: no such file, empty, not a picture, truncated or damaged.
     """
-    where = str(source) if isinstance(source, Path) else "the image"
+    where = name or (str(source) if isinstance(source, Path) else "the image")
     stream = io.BytesIO(_read(source, where, max_bytes))
     picture = _open(stream, where, max_pixels)
     try:
+        if least is not None:
+            _ask_for_less(picture, least(*picture.size))
         picture.load()
         # Read after loading: Pillow turns TIFFs itself and clears the tag, and a PNG may carry it behind the
         # pixels.
@@ -110,6 +121,11 @@ def decode(
         flat = flat.transpose(_UPRIGHT[orientation])
     flat.info = {}
     return flat
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, to be decoded. Raises InvalidImage: not there, no file, unreadable, or empty."""
+    return _read(path, str(path), None)
 
 
 def probe(source: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
@@ -207,6 +223,13 @@ def _open(stream: io.IOBase, where: str, max_pixels: int) -> Image.Image:
             "allowed. Make it smaller."
         )
     return picture
+
+
+def _ask_for_less(picture: Image.Image, share: float) -> None:
+    """Have a JPEG in grey or RGB scaled while it is decoded, leaving at least this share of both sides."""
+    if picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L") and share < 1:
+        width, height = picture.size
+        picture.draft(picture.mode, (math.ceil(width * share), math.ceil(height * share)))
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -41,11 +41,11 @@ class Counting(Encoder):
         super().__init__(inner._manifest, inner._runtime)
         self.count, self.limit = 0, limit
 
-    def _run(self, pixels: Any) -> Any:
+    def _run(self, pixels: Any, runtime: Any = None) -> Any:
         if self.count + len(pixels) > self.limit:
             raise KeyboardInterrupt
         self.count += len(pixels)
-        return super()._run(pixels)
+        return super()._run(pixels, runtime)
 
 
 def assert_complete(result: Embeddings, table: ImageTable, encoder: Encoder) -> None:

@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from dml.encoder import Encoder, EncoderReport
+    from dml.encoder import Encoder, EncoderReport, ProfileAgreement
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -91,19 +91,70 @@ def export(
 
 
 @app.command()
-def check(encoder: Source, as_json: Json = False) -> None:
+def check(
+    encoder: Source,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure whether this profile agrees with the others given (one alone: with "
+            "pillow/onnx-f32), and store it."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|MANIFEST", help="Pictures to measure on: 1,000 or more of yours."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use. Default: all.")] = None,
+    as_json: Json = False,
+) -> None:
     """Check an encoder's files, and run it with every runtime that is installed.
 
     dml encoder check runs/shoes
+    dml encoder check runs/shoes --profile fused/openvino-bf16 --data photos/
     """
     from dml.encoder import check_encoder
-    from dml.errors import EncoderError
+    from dml.errors import EncoderError, UsageError
 
+    if bool(profile) != bool(data):
+        raise UsageError("To measure profiles give both: --profile NAME and --data FOLDER.")
+    measured = measure(encoder, profile, data, threads) if profile and data else []
     report = check_encoder(encoder)
     show_report(report, as_json=as_json)
     if not report.ok:
         count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         raise EncoderError(f"{report.folder} has {count}:\n" + "\n".join(report.problems))
+    require_all(measured)
+
+
+def measure(encoder: Path, names: Sequence[str], data: str, threads: int | None) -> "list[ProfileAgreement]":
+    """Measure and store the agreement of every pair of these profiles, or of one with the reference."""
+    from dml.encoder.agreement import measure_profiles
+    from dml.encoder.profiles import REFERENCE, Profile
+    from dml.errors import UsageError
+
+    profiles = [Profile.parse(name) for name in dict.fromkeys(names)]
+    if len(profiles) == 1:
+        profiles = [REFERENCE, *profiles]
+    if len(set(profiles)) < 2:
+        raise UsageError(f"{REFERENCE} is what others are compared with; give another --profile.")
+    with progress_bar() as bar:
+        tasks = {str(profile): bar.add_task(str(profile), total=None) for profile in profiles}
+        return measure_profiles(
+            encoder,
+            profiles,
+            data,
+            threads=threads,
+            on_progress=lambda name, done, total: bar.update(tasks[name], completed=done, total=total),
+        )
+
+
+def require_all(measured: "Sequence[ProfileAgreement]") -> None:
+    """Raises GateNotMet when a pair was measured that may not be mixed."""
+    from dml.errors import GateNotMet
+
+    failed = [f"{' and '.join(one.profiles)}: {one.problem}" for one in measured if one.problem]
+    if failed:
+        raise GateNotMet("Vectors of these profiles are not to be compared:\n" + "\n".join(failed))
 
 
 def embed(
@@ -114,12 +165,19 @@ def embed(
         str, typer.Option(help="npy: vectors.npy and items.csv. parquet: items.parquet.")
     ] = "npy",
     batch: Annotated[int, typer.Option(min=1, help="Pictures embedded at once.")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 2,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that decode, and on a CPU embed. Default: one per core."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with what is at --out, or start anew.")] = True,
     max_bad_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable pictures that is still accepted.")
     ] = 0.05,
-    runtime: Annotated[str, typer.Option(help="auto, onnx or torch.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, onnx, openvino or torch.")] = "auto",
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Decoder, runtime and precision, as fused/openvino-bf16. Default: pillow, f32."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the encoder on a CPU. Default: all cores.")
@@ -136,7 +194,7 @@ def embed(
 
     stored_as = one_of("--format", format, ("npy", "parquet"))
     table = open_table(path)
-    loaded = Encoder.load(encoder, runtime=runtime, device=device, threads=threads)
+    loaded = Encoder.load(encoder, runtime=runtime, device=device, threads=threads, profile=profile)
     typer.echo(f"{table.describe()}\n{loaded}", err=True)
     with progress_bar() as bar:
         task = bar.add_task("embedding", total=len(table.records))
@@ -228,3 +286,10 @@ def show_report(report: "EncoderReport", *, as_json: bool) -> None:
             typer.echo(f"{kind} {name}: {state}")
     if report.measured:
         typer.echo(in_words(report.measured))
+    for pair in report.profiles:
+        verdict = f"not to be mixed: {pair.problem}" if pair.problem else "may be mixed"
+        typer.echo(
+            f"profiles {' and '.join(pair.profiles)}: nearest equal {pair.top1_equal:.2%}, overlap@10 "
+            f"{pair.overlap_at_10:.4f}, cosine {pair.cosine_p1:.5f} at the 1st percentile, "
+            f"{pair.queries:,} pictures of {pair.data}; {verdict}"
+        )

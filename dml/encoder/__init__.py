@@ -11,6 +11,7 @@ from dml.encoder.embeddings import Embeddings, embed_table, is_embeddings, open_
 from dml.encoder.encoder import EmbeddedBatch, EmbeddedFiles, Encoder
 from dml.encoder.manifest import find_encoder, is_encoder
 from dml.encoder.preprocess import Preprocess
+from dml.encoder.profiles import Profile, ProfileAgreement
 
 __all__ = [
     "EmbeddedBatch",
@@ -19,6 +20,8 @@ __all__ = [
     "Encoder",
     "EncoderReport",
     "Preprocess",
+    "Profile",
+    "ProfileAgreement",
     "check_encoder",
     "create_encoder",
     "embed_table",

@@ -36,6 +36,7 @@ from dml.encoder.manifest import (
     verify_file,
 )
 from dml.encoder.preprocess import Preprocess
+from dml.encoder.profiles import PRECISIONS, ProfileAgreement, stored_agreements
 from dml.errors import EncoderError, MissingExtra
 from dml.storage import written_aside_folder
 
@@ -200,7 +201,9 @@ class EncoderReport:
     recorded: Mapping[str, float | int] | None
     """Agreement of the runtimes when it was made."""
     measured: Mapping[str, float | int] | None
-    """Agreement measured now; None where only one runtime works here."""
+    """Agreement measured now; None where only one of ONNX Runtime and torch works here."""
+    profiles: tuple[ProfileAgreement, ...]
+    """Pairs of profiles whose agreement is stored."""
     problems: tuple[str, ...]
 
     @property
@@ -229,7 +232,7 @@ def check_encoder(path: str | Path) -> EncoderReport:
     if files.get(WEIGHTS) == "ok":
         problems += wrong_weights(manifest)
     runtimes, opened = {}, {}
-    for name in ("onnx", "torch"):
+    for name in PRECISIONS:
         try:
             choose_runtime(manifest, name, "cpu")
             opened[name] = open_runtime(manifest, name)
@@ -239,7 +242,7 @@ def check_encoder(path: str | Path) -> EncoderReport:
     if not opened:
         problems.append("No runtime can run this encoder here: " + "; ".join(runtimes.values()))
     measured = None
-    if len(opened) == 2:
+    if "torch" in opened and "onnx" in opened:
         from dml.encoder.export import check_pictures, measure_agreement, require_agreement
 
         agreement = measure_agreement(opened["torch"], opened["onnx"], manifest.preprocess, check_pictures())
@@ -258,6 +261,7 @@ def check_encoder(path: str | Path) -> EncoderReport:
         runtimes=runtimes,
         recorded=manifest.tree.get("agreement"),
         measured=measured,
+        profiles=tuple(stored_agreements(manifest.tree)),
         problems=tuple(problems),
     )
 

@@ -81,7 +81,7 @@ def embed_table(
     *,
     format: Format = "npy",
     batch_size: int = BATCH_SIZE,
-    workers: int = 2,
+    workers: int | None = None,
     resume: bool = True,
     max_bad_share: float = 0.05,
     part_rows: int = PART_ROWS,
@@ -95,7 +95,7 @@ def embed_table(
         out: the folder; a finished one of the same encoder and pictures is returned as it is.
         format: "npy" or "parquet".
         batch_size: pictures the encoder takes at once.
-        workers: threads that decode.
+        workers: threads that decode, and on a CPU embed; None: as many as there are cores.
         resume: go on with what is in `out`; otherwise it starts anew.
         max_bad_share: fail when more than this share of the pictures cannot be read.
         part_rows: pictures between two marks in the journal.
@@ -292,7 +292,7 @@ def embed_part(
     rows: Sequence[Record],
     ids: Sequence[str],
     batch_size: int,
-    workers: int,
+    workers: int | None,
     on_progress: Callable[[int], object],
 ) -> tuple[NDArray[np.float32], list[tuple[int, BadImage]]]:
     """Vectors of the usable rows in order, and the others with their positions: unreadable, or no id."""

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from dml.data.reading import batches_of
 from dml.data.table import Record
+from dml.encoder.decoders import DECODERS
 from dml.encoder.manifest import ONNX, WEIGHTS, Manifest, find_encoder, read_manifest, verify_file
 from dml.encoder.preprocess import Preprocess
+from dml.encoder.profiles import PRECISIONS, Profile
+from dml.encoder.stream import LARGEST_CALL, EmbeddedBatch, ReadFile, Steps, embed_ahead, processors
 from dml.errors import EncoderError, MissingExtra, UsageError
-from dml.imaging import BadImage, decode
+from dml.imaging import DEFAULT_MAX_PIXELS, BadImage, decode
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +36,15 @@ class Runtime(Protocol):
 
     name: str
     device: str
+    precision: str
 
     def __call__(self, pixels: Vectors) -> Vectors: ...
 
-
-class EmbeddedBatch(NamedTuple):
-    """Some rows of a stream, in the order of its sources."""
-
-    indices: NDArray[np.int64]  # (B,) positions in the sources
-    vectors: Vectors  # (B, D)
+    def concurrent(self, calls: int) -> "Runtime | None":
+        """The same model for `calls` calls at a time from as many threads, each on one core; None where
+        calls are best made one after another.
+        """
+        ...
 
 
 class EmbeddedFiles(NamedTuple):
@@ -56,39 +58,52 @@ class EmbeddedFiles(NamedTuple):
 class Encoder:
     """Pictures in, unit vectors out. Make one with `Encoder.load`."""
 
-    def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
-        self._manifest = manifest
-        self._runtime = runtime
+    def __init__(
+        self, manifest: Manifest, runtime: Runtime, *, decoder: str = "pillow", threads: int | None = None
+    ) -> None:
+        self._manifest, self._runtime, self._threads = manifest, runtime, threads
+        self.profile = Profile(decoder, runtime.name, runtime.precision)
+        """Who decodes, who computes, in which precision."""
+        self._decode = DECODERS[decoder]
+        self._streaming: dict[int, Runtime | None] = {}
 
     @classmethod
     def load(
         cls,
         path: str | Path,
         *,
-        runtime: Literal["auto", "torch", "onnx"] | str = "auto",
+        runtime: Literal["auto", "torch", "onnx", "openvino"] | str = "auto",
         device: str = "auto",
         threads: int | None = None,
+        profile: Profile | str | None = None,
     ) -> "Encoder":
         """Open an encoder folder, or the one in a run or a collection, and check its files.
 
         Args:
             path: ENCODER, RUN or COLLECTION.
-            runtime: "onnx" (ONNX Runtime), "torch", or "auto": torch on a CUDA device, ONNX Runtime on the
-                CPU.
+            runtime: "onnx" (ONNX Runtime), "torch", "openvino", or "auto": torch on a CUDA device, ONNX
+                Runtime on the CPU.
             device: "cpu", "cuda", "cuda:N", or "auto": CUDA where there is a device and torch, else the CPU.
             threads: threads of one call on the CPU; None: the runtime's own choice.
+            profile: decoder, runtime and precision, as "fused/openvino-bf16"; None: Pillow, `runtime`, and
+                float32.
 
         Raises:
             EncoderError: missing, damaged, changed or too new, or it cannot run on this device.
-            MissingExtra: torch is asked for, or needed, and is not installed.
-            UsageError: an unknown runtime or device.
+            MissingExtra: torch or OpenVINO is asked for, or needed, and is not installed.
+            UsageError: an unknown runtime, device or profile, or a profile of another runtime.
         """
         manifest = read_manifest(find_encoder(path))
-        name, device = choose_runtime(manifest, runtime, device)
+        wanted = Profile.parse(profile) if isinstance(profile, str) else profile
+        if wanted is not None and runtime not in ("auto", wanted.runtime):
+            raise UsageError(f'The profile {wanted} does not run on "{runtime}"; give one of the two.')
+        name, device = choose_runtime(manifest, wanted.runtime if wanted else runtime, device)
+        wanted = wanted or Profile("pillow", name, "f32")
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
-        logger.info("encoder %s: %s on %s", manifest.folder, name, device)
-        return cls(manifest, open_runtime(manifest, name, device=device, threads=threads))
+        logger.info("encoder %s: %s on %s", manifest.folder, wanted, device)
+        opened = open_runtime(manifest, name, device=device, threads=threads, precision=wanted.precision)
+        return cls(manifest, opened, decoder=wanted.decoder, threads=threads)
 
     @property
     def path(self) -> Path:
@@ -121,7 +136,7 @@ class Encoder:
 
     @property
     def runtime(self) -> str:
-        """ "onnx" or "torch"."""
+        """ "onnx", "openvino" or "torch"."""
         return self._runtime.name
 
     @property
@@ -129,7 +144,7 @@ class Encoder:
         return self._runtime.device
 
     def __repr__(self) -> str:
-        what = f"{self.fingerprint[:12]}, dim={self.dim}, {self.runtime} on {self.device}"
+        what = f"{self.fingerprint[:12]}, dim={self.dim}, {self.profile} on {self.device}"
         return f"Encoder({str(self.path)!r}, {what})"
 
     def embed(self, images: Sequence[Source], *, batch_size: int = BATCH_SIZE) -> Vectors:
@@ -142,7 +157,7 @@ class Encoder:
             raise UsageError("embed takes a list of pictures; write embed([picture]) for one")
         parts = [
             self._run(
-                np.stack([self.preprocess(upright(image)) for image in images[start : start + batch_size]])
+                np.stack([self.preprocess(self._upright(i)) for i in images[start : start + batch_size]])
             )
             for start in range(0, len(images), batch_size)
         ]
@@ -161,30 +176,51 @@ class Encoder:
         parts = [self._run(arrays[start : start + batch_size]) for start in range(0, len(arrays), batch_size)]
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
+    def decode(self, source: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+        """The upright RGB picture that `preprocess` is to be given, by the profile's decoder.
+
+        Raises:
+            InvalidImage: as `dml.imaging.decode`.
+        """
+        return self._decode(source, self.preprocess, max_pixels=max_pixels)
+
     def embed_stream(
         self,
         sources: Sequence[Record | Path],
         *,
         batch_size: int = BATCH_SIZE,
-        workers: int = 2,
+        workers: int | None = None,
         bad: list[BadImage] | None = None,
+        wanted: Callable[[ReadFile], bool] | None = None,
     ) -> Iterator[EmbeddedBatch]:
-        """Embed files batch after batch, in order, decoding ahead in `workers` threads.
+        """Embed files batch after batch, in order; the next ones are made while the caller works on one.
 
         Args:
             sources: files, or records of a table (whose boxes are cut out).
+            batch_size: pictures in a call, at most; where several calls run at a time on one core each, they
+                are smaller.
+            workers: threads that decode, and on a CPU embed; None: as many as there are cores.
             bad: pictures that cannot be read are appended here and left out.
+            wanted: asked for every picture that can be read, before it is embedded; False passes it over.
         """
-        batches = batches_of(sources, self.preprocess, batch_size=batch_size, workers=workers, bad=bad)
-        for indices, pixels in batches:
-            yield EmbeddedBatch(indices, self._run(pixels))
+        workers = workers or self._threads or processors()
+        runtime = self._concurrent(workers)
+        steps = Steps(
+            decode=lambda data, name: self._decode(data, self.preprocess, name=name),
+            pixels=self.preprocess.pixels,
+            embed=lambda pixels: self._run(self.preprocess.normalise(pixels), runtime),
+            concurrent=runtime is not None,
+            size=batch_size if runtime is None else min(batch_size, LARGEST_CALL),
+        )
+        sink = [] if bad is None else bad
+        return embed_ahead(sources, steps, workers=workers, bad=sink, wanted=wanted)
 
     def embed_files(
         self,
         paths: Sequence[Record | Path],
         *,
         batch_size: int = BATCH_SIZE,
-        workers: int = 2,
+        workers: int | None = None,
         on_bad: Callable[[BadImage], None] | None = None,
     ) -> EmbeddedFiles:
         """Embed all files. One that cannot be read is skipped and listed, never fatal.
@@ -202,8 +238,19 @@ class Encoder:
         kept = np.concatenate([batch.indices for batch in batches])
         return EmbeddedFiles(kept, np.concatenate([batch.vectors for batch in batches]), bad)
 
-    def _run(self, pixels: Vectors) -> Vectors:
-        return self._runtime(pixels)
+    def _run(self, pixels: Vectors, runtime: Runtime | None = None) -> Vectors:
+        return (runtime or self._runtime)(pixels)
+
+    def _concurrent(self, calls: int) -> Runtime | None:
+        """The runtime for so many calls at a time, opened when it is needed first."""
+        if calls not in self._streaming:
+            self._streaming[calls] = self._runtime.concurrent(calls)
+        return self._streaming[calls]
+
+    def _upright(self, image: Source) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return upright(image)
+        return self.decode(image if isinstance(image, bytes) else Path(image))
 
 
 def upright(image: Source) -> Image.Image:
@@ -223,19 +270,21 @@ def upright(image: Source) -> Image.Image:
 
 
 def choose_runtime(manifest: Manifest, runtime: str, device: str) -> tuple[str, str]:
-    """("onnx" or "torch", "cpu" or "cuda[:N]"): decided before anything is loaded, and never changed
-    afterwards.
+    """("onnx", "openvino" or "torch", "cpu" or "cuda[:N]"): decided before anything is loaded, and never
+    changed afterwards.
     """
-    if runtime not in ("auto", "onnx", "torch"):
-        raise UsageError(f'Unknown runtime "{runtime}". Known: auto, onnx, torch.')
+    if runtime != "auto" and runtime not in PRECISIONS:
+        raise UsageError(f'Unknown runtime "{runtime}". Known: auto, {", ".join(PRECISIONS)}.')
     if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
         raise UsageError(f'Unknown device "{device}". Known: auto, cpu, cuda, cuda:N.')
     has_onnx, has_torch = ONNX in manifest.files, find_spec("torch") is not None
     if device == "auto":
-        device = "cuda" if runtime != "onnx" and has_torch and has_cuda() else "cpu"
+        device = "cuda" if runtime in ("auto", "torch") and has_torch and has_cuda() else "cpu"
     if runtime == "auto":
         runtime = "onnx" if device == "cpu" and has_onnx else "torch"
-    if runtime == "onnx" and not has_onnx:
+    if runtime == "openvino" and device != "cpu":
+        raise UsageError(f'OpenVINO runs on the CPU here, not on "{device}". Use --runtime torch for a GPU.')
+    if runtime != "torch" and not has_onnx:
         raise EncoderError(
             f"The encoder {manifest.folder} has no {ONNX}. Make it with `dml encoder export "
             f"{manifest.folder}`, or use --runtime torch."
@@ -257,19 +306,28 @@ def has_cuda() -> bool:
 
 
 def open_runtime(
-    manifest: Manifest, name: str, *, device: str = "cpu", threads: int | None = None
+    manifest: Manifest,
+    name: str,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    precision: str = "f32",
 ) -> Runtime:
     """Load a runtime on checked files.
 
     Raises:
         EncoderError, MissingExtra: as `Encoder.load`.
     """
-    if name == "onnx":
-        from dml.encoder.onnx_runtime import OnnxRuntime
-
+    if name in ("onnx", "openvino"):
         for file in manifest.files:
             if file.startswith(ONNX):  # weights too large for one file lie beside it
                 verify_file(manifest, file)
+        if name == "openvino":
+            from dml.encoder.openvino_runtime import OpenVinoRuntime
+
+            return OpenVinoRuntime(manifest.folder / ONNX, threads=threads, precision=precision)
+        from dml.encoder.onnx_runtime import OnnxRuntime
+
         return OnnxRuntime(manifest.folder / ONNX, device=device, threads=threads)
     try:
         import torch  # noqa: F401
@@ -278,4 +336,4 @@ def open_runtime(
     from dml.encoder.torch_runtime import TorchRuntime
 
     verify_file(manifest, WEIGHTS)
-    return TorchRuntime(manifest, device=device, threads=threads)
+    return TorchRuntime(manifest, device=device, threads=threads, precision=precision)

@@ -24,8 +24,10 @@ class OnnxRuntime:
     """
 
     name = "onnx"
+    precision = "f32"
 
     def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+        self.path = path
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -42,6 +44,11 @@ class OnnxRuntime:
 
     def __call__(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(self.session.run(None, {self.input: pixels})[0], dtype=np.float32)
+
+    def concurrent(self, calls: int) -> "OnnxRuntime | None":
+        """The same model for `calls` calls at a time, each on one core; None where that gains nothing."""
+        # A session has one number of threads for all calls, so this is a second session of the same file.
+        return OnnxRuntime(self.path, threads=1) if self.device == "cpu" else None
 
 
 def import_onnxruntime() -> Any:

@@ -27,6 +27,7 @@ class TorchRuntime:
         device: "cpu", "cuda" or "cuda:N".
         threads: torch's threads on a CPU, for the whole process (torch knows no other way); None: as they
             are.
+        precision: "f32", or "bf16": the trunk's convolutions and products in bfloat16.
 
     Raises:
         EncoderError: the model cannot be rebuilt, or the device is not there.
@@ -34,20 +35,33 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, manifest: Manifest, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        precision: str = "f32",
+    ) -> None:
         if device != "cpu" and not torch.cuda.is_available():
             raise EncoderError(
                 f'torch {torch.__version__} sees no CUDA device, so "{device}" cannot be used here.'
             )
         if threads is not None and device == "cpu":
             torch.set_num_threads(threads)
-        self.device = device
+        self.device, self.precision = device, precision
         self.model = rebuild(manifest).to(device)
 
     @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         inputs = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device, non_blocking=True)
-        return self.model(inputs).unit.float().cpu().numpy()
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(inputs).unit.float().cpu().numpy()
+
+    def concurrent(self, calls: int) -> None:
+        """torch spreads every call over its own threads, or over a GPU: several at a time gain nothing."""
+        return
 
 
 def rebuild(manifest: Manifest) -> Embedder:
