@@ -107,7 +107,8 @@ def add(
     rebuild: Annotated[
         bool | None,
         typer.Option(
-            "--rebuild/--no-rebuild", help="Build the index anew. Default: when enough has changed."
+            "--rebuild/--no-rebuild",
+            help="Build the index anew, or leave it. Default: merge into it when enough has changed.",
         ),
     ] = None,
     batch: BatchSize = 64,
@@ -122,7 +123,7 @@ def add(
     from dml.collection import open_collection
     from dml.collection.build import Settings, add_to_collection
 
-    with open_collection(collection, device=device) as there:
+    with open_collection(collection, device=device, merge="manual") as there:
         loaded = load_encoder(encoder or there.encoder_path, device)
         if loaded is not None:
             there.check_fingerprint(loaded.fingerprint)
@@ -136,8 +137,10 @@ def add(
                 ),
                 progress=progress,
             )
-        if rebuild or (rebuild is None and there.wants_rebuild):
+        if rebuild:
             report.index = there.build_index()
+        elif rebuild is None and there.wants_merge:
+            report.index = there.merge()
     show_report(report, as_json=as_json)
 
 
@@ -160,7 +163,7 @@ def remove(
     wanted = [*(ids or []), *read_ids(ids_from)]
     if not wanted:
         raise UsageError("No ids were given: name them, or use --from FILE.")
-    with open_collection(collection) as there:
+    with open_collection(collection, merge="manual") as there:
         gone = there.delete(wanted)
         left = len(there)
     if not gone:
@@ -185,7 +188,7 @@ def rebuild(
     """Build the index anew from the catalogue, of the same kind or of another."""
     from dml.collection import open_collection
 
-    with open_collection(collection, device=device) as there:
+    with open_collection(collection, device=device, merge="manual") as there:
         built = there.build_index(index, options=read_options(option) if option else None, measure=measure)
     if as_json:
         print_json(built)
@@ -263,7 +266,7 @@ def root(
 
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}.")
-    with open_collection(collection) as there:
+    with open_collection(collection, merge="manual") as there:
         there.set_root(name, folder)
     typer.echo(f"{name} = {folder.absolute()}")
 

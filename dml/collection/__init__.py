@@ -8,6 +8,7 @@ from dml.collection.base import Collection, CollectionInfo, Hit, Item, NewItem, 
 
 if TYPE_CHECKING:
     from dml.collection.local import LocalCollection
+    from dml.collection.merging import MergeMode
 
 __all__ = [
     "Collection",
@@ -34,6 +35,7 @@ def create_collection(
     roots: Mapping[str, str | Path] | None = None,
     encoder_info: Mapping[str, Any] | None = None,
     device: str = "auto",
+    merge: "MergeMode" = "auto",
 ) -> "LocalCollection":
     """An empty collection in a new folder, opened for writing.
 
@@ -47,6 +49,8 @@ def create_collection(
         roots: name -> folder, for pictures that stay where they are.
         encoder_info: kept in the manifest for people to read.
         device: where the index runs: "auto", "cpu" or "cuda:N".
+        merge: "auto": changes are folded into the index in the background when many are pending; "manual":
+            when `merge` or `build_index` is called.
 
     Raises:
         CollectionError: the folder is not empty.
@@ -65,11 +69,17 @@ def create_collection(
         roots=roots or {},
         encoder_info=encoder_info or {},
         device=device,
+        merge=merge,
     )
 
 
 def open_collection(
-    path: str | Path, *, read_only: bool = False, fingerprint: str | None = None, device: str = "auto"
+    path: str | Path,
+    *,
+    read_only: bool = False,
+    fingerprint: str | None = None,
+    device: str = "auto",
+    merge: "MergeMode" = "auto",
 ) -> "LocalCollection":
     """Open the collection in a folder. One whose replacement was cut short is put back first.
 
@@ -77,6 +87,7 @@ def open_collection(
         read_only: no lock is taken, any number may; changes of a writer elsewhere are followed.
         fingerprint: of the encoder that will make the queries; refused when the collection was made by
             another.
+        merge: of a writer; see `create_collection`.
 
     Raises:
         UnknownCollection: no collection there.
@@ -89,7 +100,9 @@ def open_collection(
     from dml.collection.place import recover
 
     recover(Path(path))
-    return LocalCollection(Path(path), read_only=read_only, fingerprint=fingerprint, device=device)
+    return LocalCollection(
+        Path(path), read_only=read_only, fingerprint=fingerprint, device=device, merge=merge
+    )
 
 
 def is_collection(path: str | Path) -> bool:

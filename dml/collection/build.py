@@ -121,7 +121,9 @@ def build_collection(
     started = time.monotonic()
     supply = open_supply(source, encoder, settings)
     if goes_into(out, supply.fingerprint, overwrite=overwrite):
-        with open_collection(out, fingerprint=supply.fingerprint, device=device) as collection:
+        with open_collection(
+            out, fingerprint=supply.fingerprint, device=device, merge="manual"
+        ) as collection:
             report = supply.pour(collection, progress)
             report.index = collection.build_index(
                 None if kind == "auto" else kind, options=options, measure=measure
@@ -224,6 +226,7 @@ def begin(supply: "Supply", out: Path, *, create: Mapping[str, Any]) -> LocalCol
             fingerprint=supply.fingerprint,
             roots={MAIN_ROOT: supply.root} if supply.root is not None else {},
             encoder_info=supply.encoder_info,
+            merge="manual",
             **create,
         )
 

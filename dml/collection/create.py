@@ -10,6 +10,7 @@ from dml.collection import catalog, snapshots
 from dml.collection.derive import check_kind
 from dml.collection.local import LocalCollection
 from dml.collection.manifest import Manifest, write_manifest
+from dml.collection.merging import MergeMode
 from dml.collection.pictures import make_folder
 from dml.errors import CollectionError, ConfigError, StorageError
 from dml.index import check_options
@@ -26,6 +27,7 @@ def create_local(
     roots: Mapping[str, str | Path],
     encoder_info: Mapping[str, Any],
     device: str,
+    merge: MergeMode,
 ) -> LocalCollection:
     """See `dml.collection.create_collection`."""
     if dim < 1:
@@ -53,4 +55,4 @@ def create_local(
         for child in [path] if new else path.iterdir():
             shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink()
         raise
-    return LocalCollection(path, device=device)
+    return LocalCollection(path, device=device, merge=merge)

@@ -1,8 +1,9 @@
-"""Making the main index of a collection from its catalogue."""
+"""Making the main index of a collection from its catalogue: as a whole, or from the one before."""
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +12,25 @@ from numpy.typing import NDArray
 from dml.collection import catalog as sql
 from dml.collection.catalog import Catalog
 from dml.collection.generation import Snapshot
-from dml.collection.measure import HeldOut, hold_out, measure_recall, training_sample
+from dml.collection.measure import HeldOut, hold_out, hold_out_new, measure_recall, training_sample
 from dml.errors import ConfigError
-from dml.index import KINDS, choose_kind, make_index
+from dml.index import KINDS, choose_kind, load_index, make_index
 from dml.index.base import VectorIndex
 from dml.registry import unknown
 
 log = logging.getLogger(__name__)
+
+
+Stop = Callable[[], bool]
+"""Whether to give up what is being made."""
+
+
+class Stopped(Exception):
+    """What was being made is not wanted any more."""
+
+
+def never() -> bool:
+    return False
 
 
 class Built(NamedTuple):
@@ -34,7 +47,13 @@ def check_kind(kind: str) -> None:
 
 
 def build_snapshot(
-    catalog: Catalog, wanted: Mapping[str, Any], *, device: str, measure: bool, seed: int
+    catalog: Catalog,
+    wanted: Mapping[str, Any],
+    *,
+    device: str,
+    measure: bool,
+    seed: int,
+    stop: Stop = never,
 ) -> Built:
     """An index of all items there are; the catalogue may be written to meanwhile.
 
@@ -42,9 +61,11 @@ def build_snapshot(
         wanted: {"kind": "auto" or a kind, "options": of that kind}.
         measure: measure recall@10 with held-out queries against exact search.
         seed: chooses the held-out queries.
+        stop: asked between blocks of rows.
 
     Raises:
         ConfigError, MissingExtra: a kind or options that cannot be had.
+        Stopped: `stop` said so.
     """
     started = time.monotonic()
     with catalog.reading() as db:
@@ -52,27 +73,84 @@ def build_snapshot(
         kind = wanted["kind"] if wanted["kind"] != "auto" else choose_kind(count)
         index = make_index(kind, catalog.dim, device=device, **wanted["options"])
         held = hold_out(db, count, seed=seed) if measure and not index.exact else np.empty(0, np.int64)
-        kept = fill(index, db, count=count, held=held, dim=catalog.dim)
+        none = np.empty((0, catalog.dim), np.float32)
+        index.prepare(training_sample(db, without=held, dim=catalog.dim) if index.learns else none, count)
+        kept = fill(index, db, held=held, dim=catalog.dim, stop=stop)
     measured = measure_recall(index, kept.vectors) if measure else None
     index.add(kept.rows, kept.vectors)
-    seconds = round(time.monotonic() - started, 3)
-    log.info("built %s over %d items in %.1f s", kind, count, seconds)
+    log.info("built %s over %d items in %.1f s", kind, count, time.monotonic() - started)
+    return described(Snapshot(index, sequence, last, measured, built_over=count), started)
+
+
+def extend_snapshot(
+    catalog: Catalog,
+    base: Snapshot,
+    saved: Path,
+    *,
+    device: str,
+    measure: bool,
+    seed: int,
+    stop: Stop = never,
+) -> Built:
+    """A copy of an index with the changes since; the index itself goes on being searched.
+
+    Args:
+        saved: the file of `base`, which the copy is read from (and checked by the way).
+        measure: measure recall@10 with those of the new items that it has not seen; while they are few, the
+            figure of `base` is kept.
+        stop: asked between blocks of rows.
+
+    Raises:
+        DamagedFile: `saved` does not fit its checksums.
+        Stopped: `stop` said so.
+    """
+    started = time.monotonic()
+    index = load_index(saved, device=device)
+    with catalog.reading() as db:
+        sequence, count, last = sql.read_state(db)[0], sql.count_items(db), sql.last_row(db)
+        dead = index.remove(sql.removed_after(db, base.sequence))
+        held = np.empty(0, np.int64)
+        if measure and not index.exact:
+            held = hold_out_new(db, count, after=base.last_row, seed=seed)
+        kept = fill(index, db, after=base.last_row, held=held, dim=catalog.dim, stop=stop)
+    measured = (
+        measure_recall(index, kept.vectors) if measure and (index.exact or len(held)) else base.measured
+    )
+    index.add(kept.rows, kept.vectors)
+    log.info("merged %s, now %d items, in %.1f s", index.kind, count, time.monotonic() - started)
+    return described(
+        base._replace(
+            index=index, sequence=sequence, last_row=last, measured=measured, dead=base.dead + dead
+        ),
+        started,
+    )
+
+
+def described(snapshot: Snapshot, started: float) -> Built:
+    """With what the manifest keeps of a snapshot. Whoever promises a recall looks at "measured" here."""
     about = {
-        **index.describe(),
-        "sequence": sequence,
-        "count": count,
-        "seconds": seconds,
-        "measured": measured,
+        **snapshot.index.describe(),
+        "sequence": snapshot.sequence,
+        "count": len(snapshot.index),
+        "built_over": snapshot.built_over,
+        "seconds": round(time.monotonic() - started, 3),
+        "measured": snapshot.measured,
     }
-    return Built(Snapshot(index, sequence, last, measured), about)
+    return Built(snapshot, about)
 
 
-def fill(index: VectorIndex, db: Any, *, count: int, held: NDArray[np.int64], dim: int) -> HeldOut:
-    """Add all rows of the catalogue to an index but the held-out ones, and return those."""
-    none = np.empty((0, dim), np.float32)
-    index.prepare(training_sample(db, without=held, dim=dim) if index.learns else none, count)
+def fill(
+    index: VectorIndex, db: Any, *, held: NDArray[np.int64], dim: int, after: int = 0, stop: Stop = never
+) -> HeldOut:
+    """Add the rows of the catalogue above `after` to an index but the held-out ones, and return those.
+
+    Raises:
+        Stopped: `stop` said so.
+    """
     rows, vectors = [np.empty(0, np.int64)], [np.empty((0, dim), np.float32)]
-    for block_rows, block_vectors in sql.rows_after(db, 0, dim=dim, block=16_384):
+    for block_rows, block_vectors in sql.rows_after(db, after, dim=dim):
+        if stop():
+            raise Stopped
         out = np.isin(block_rows, held)
         rows.append(block_rows[out])
         vectors.append(block_vectors[out])

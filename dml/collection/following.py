@@ -9,10 +9,6 @@ from dml.collection.derive import fill
 from dml.collection.generation import Generation, Snapshot
 from dml.index import make_index
 
-ADOPT_SHARE = 0.1
-ADOPT_ROWS = 10_000
-"""A reader takes up a writer's new snapshot when its own delta holds more rows than both of these say."""
-
 
 def from_nothing(db: Any, dim: int) -> Generation:
     """Everything in the delta of an empty index."""
@@ -22,7 +18,8 @@ def from_nothing(db: Any, dim: int) -> Generation:
 def from_catalog(db: Any, dim: int) -> Generation:
     """Everything in an exact index: for a collection whose own index cannot be had."""
     index = make_index("flat", dim)
-    fill(index, db, count=sql.count_items(db), held=np.empty(0, np.int64), dim=dim)
+    index.prepare(np.empty((0, dim), np.float32), sql.count_items(db))
+    fill(index, db, held=np.empty(0, np.int64), dim=dim)
     return Generation.of(Snapshot(index, sql.read_state(db)[0], sql.last_row(db)), dim)
 
 
@@ -36,8 +33,3 @@ def replayed(db: Any, state: Generation) -> Generation:
     for rows, vectors in sql.rows_after(db, last, dim=dim):
         state = state.changed(sequence, rows=rows, vectors=vectors, removed=none)
     return state
-
-
-def outgrown(state: Generation) -> bool:
-    """Whether so much lies in the delta that a newer snapshot is worth loading."""
-    return len(state.delta) > max(ADOPT_ROWS, ADOPT_SHARE * len(state.main))

@@ -18,6 +18,8 @@ class Snapshot(NamedTuple):
     sequence: int
     last_row: int  # the highest row ever used by then
     measured: Mapping[str, Any] | None = None  # its recall, see measure.py
+    built_over: int = 0  # items when it was last built as a whole; since then it was only added to
+    dead: int = 0  # rows that it may still hold, and that were removed
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,17 @@ class Generation:
             delta = delta.extended(rows, vectors)
         return Generation(sequence, self.base, main, delta)
 
-    def search(self, queries: Vectors, k: int, *, effort: int | None, exact: bool) -> Hits:
-        """The k nearest rows of both parts, best first, ties by row."""
+    def search(
+        self, queries: Vectors, k: int, *, effort: int | None, exact: bool, allowed: Ids | None = None
+    ) -> Hits:
+        """The k nearest rows of both parts, of the allowed ones if there is a choice; ties by row."""
         if not len(self.delta):
-            return self.main.search(queries, k, effort=effort, exact=exact)
-        recent = self.delta.search(queries, k)
+            return self.main.search(queries, k, effort=effort, exact=exact, allowed=allowed)
+        recent = self.delta.search(queries, k, allowed=allowed)
         if not len(self.main):
             return recent
-        return merge(self.main.search(queries, k, effort=effort, exact=exact), recent, k)
+        found = self.main.search(queries, k, effort=effort, exact=exact, allowed=allowed)
+        return merge(found, recent, k)
 
 
 def merge(left: Hits, right: Hits, k: int) -> Hits:

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dml.collection import catalog as sql
-from dml.collection.base import CollectionInfo, Hit, Item, NewItem, Payload, Picture, SearchResult
+from dml.collection.base import (
+    CollectionInfo,
+    FilterLike,
+    Item,
+    NewItem,
+    Payload,
+    Picture,
+    SearchResult,
+)
 from dml.collection.catalog import Catalog, Change
-from dml.collection.derive import Built, build_snapshot, check_kind
-from dml.collection.following import from_catalog, from_nothing, outgrown, replayed
+from dml.collection.cursors import Walks
+from dml.collection.derive import Built, Stop, Stopped, build_snapshot, check_kind, extend_snapshot, never
+from dml.collection.filters import parse_filter
+from dml.collection.following import from_catalog, from_nothing, replayed
 from dml.collection.generation import Generation
+from dml.collection.grouping import answer
 from dml.collection.items import check_item, check_rows, check_unicode, encode_payload
 from dml.collection.keeping import check
 from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import Manifest, read_manifest, write_manifest
+from dml.collection.merging import Background, MergeMode, check_mode, is_due, why_build_anew
 from dml.collection.pictures import Pictures
+from dml.collection.query import Searcher, read_query
+from dml.collection.row_sets import RowSets, items_in_order, matching_ids
 from dml.collection.snapshots import Snapshots
 from dml.errors import (
     CollectionError,
     DamagedFile,
+    FilterInvalid,
     ImageNotKept,
     MissingExtra,
     ModelMismatch,
@@ -54,9 +69,6 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 20
 """How often a search tries to meet a moment between two writes before it asks the writers to wait."""
-REBUILD_SHARE = 0.1
-REBUILD_ROWS = 1_000
-"""A build is worth it when more changes are pending than both of these say."""
 
 
 class LocalCollection:
@@ -67,14 +79,28 @@ class LocalCollection:
     """
 
     def __init__(
-        self, path: Path, *, read_only: bool = False, fingerprint: str | None = None, device: str = "auto"
+        self,
+        path: Path,
+        *,
+        read_only: bool = False,
+        fingerprint: str | None = None,
+        device: str = "auto",
+        merge: MergeMode = "auto",
     ) -> None:
+        check_mode(merge)
         self.path, self.read_only, self.device = Path(path), read_only, device
         self.manifest = read_manifest(self.path)
         self.check_fingerprint(fingerprint)
         self._lock = threading.RLock()  # writing, and for a reader: catching up
         self._building = threading.Lock()
+        self._background = (
+            Background("following the writer", due=self._newer_index, work=self._adopt)
+            if read_only
+            else Background("merging", due=lambda: merge == "auto" and self.wants_merge, work=self._merge_due)
+        )
         self._closed = False
+        self._row_sets = RowSets()
+        self._walks = Walks(self._hold, self._row_sets)
         self._snapshots = Snapshots(
             self.path, fingerprint=self.fingerprint, dim=self.dim, device=device, read_only=read_only
         )
@@ -93,6 +119,7 @@ class LocalCollection:
             if self._writer_lock is not None:
                 self._writer_lock.release()
             raise
+        self._background.wake()
 
     # What it is
 
@@ -114,10 +141,12 @@ class LocalCollection:
         return self._state.sequence
 
     @property
-    def wants_rebuild(self) -> bool:
-        """Whether so much has changed since the index was built that searches become noticeably slower."""
-        state = self._state
-        return state.pending > max(REBUILD_ROWS, REBUILD_SHARE * len(state))
+    def wants_merge(self) -> bool:
+        """Whether so many changes are pending that searches become noticeably slower.
+
+        Never while there is an index that this process cannot read: nobody replaces that unasked.
+        """
+        return is_due(self._state) and not self._snapshots.unread
 
     @property
     def encoder_path(self) -> Path | None:
@@ -126,7 +155,7 @@ class LocalCollection:
         return folder if (folder / "manifest.json").is_file() else None
 
     def capabilities(self) -> frozenset[str]:
-        return frozenset({"exact", "verify", "pictures", "count"})
+        return frozenset({"exact", "verify", "pictures", "count", "filter", "group_by", "generation_cursor"})
 
     def check_fingerprint(self, fingerprint: str | None) -> None:
         """Refuse vectors of another encoder. None: the caller does not say. Raises ModelMismatch."""
@@ -158,11 +187,16 @@ class LocalCollection:
             )
 
     def close(self) -> None:
-        """Let go of the files and the lock. Everything acknowledged is already on the disk."""
+        """Let go of the files and the lock. Everything acknowledged is already on the disk.
+
+        A merge that is under way is given up; the next opening goes on with what is pending.
+        """
+        self._background.close()
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+            self._walks.close()
             self._catalog.close()
             if self._writer_lock is not None:
                 self._writer_lock.release()
@@ -229,6 +263,21 @@ class LocalCollection:
             self._pictures.discard(written.orphans)
             return len(written.removed)
 
+    def delete_matching(self, filter: FilterLike) -> int:
+        """Forget the items that pass a filter; durable on return. How many there were.
+
+        Raises:
+            FilterInvalid: also for a filter that lets everything pass.
+            StorageError, ReadOnly
+        """
+        asked = parse_filter(filter)
+        if not asked:
+            raise FilterInvalid("an empty filter would delete every item; give at least one condition")
+        with self._write():
+            with self._catalog.reading() as db:
+                ids = matching_ids(db, asked)
+            return self.delete(ids)
+
     def update_payload(self, id: str, changes: Payload, *, max_bytes: int | None = None) -> Item:
         """Merge into the payload; None removes a key.
 
@@ -253,7 +302,14 @@ class LocalCollection:
 
     @contextmanager
     def _write(self) -> Iterator[Generation]:
-        """The one writer's turn, with the state to start from."""
+        """The one writer's turn, with the state to start from; afterwards a merge may be due."""
+        self._walks.sweep()
+        with self._turn() as state:
+            yield state
+        self._background.wake()
+
+    @contextmanager
+    def _turn(self) -> Iterator[Generation]:
         if self.read_only:
             raise ReadOnly(f'The collection "{self.name}" was opened read-only.')
         with self._lock:
@@ -314,13 +370,24 @@ class LocalCollection:
         with self._moment() as (db, _):
             return {id: item for id, (_, item) in sql.items_by_id(db, ids).items()}
 
+    def count(self, filter: FilterLike | None = None) -> int:
+        asked = parse_filter(filter)
+        with self._moment() as (db, state):
+            return len(self._row_sets.rows(db, asked)) if asked else len(state)
+
     def scroll(
-        self, *, after: str | None = None, limit: int = 100, with_vector: bool = False
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        with_vector: bool = False,
+        filter: FilterLike | None = None,
     ) -> tuple[list[Item], str | None]:
         if limit < 1:
             raise UsageError(f"limit must be at least 1, got {limit}")
+        asked = parse_filter(filter)
         with self._moment() as (db, _):
-            found = sql.items_from(db, after, limit + 1)
+            found = items_in_order(db, asked, after=after, limit=limit + 1)
             items = self._with_vectors(db, found[:limit], with_vector)
             return items, items[-1].id if len(found) > limit else None
 
@@ -341,34 +408,35 @@ class LocalCollection:
         score_threshold: float | None = None,
         exclude: Sequence[str] = (),
         with_vector: bool = False,
+        filter: FilterLike | None = None,
+        group_by: str | None = None,
+        group_size: int = 1,
+        cursor: str | None = None,
     ) -> list[SearchResult]:
-        if limit < 1 or offset < 0 or (effort is not None and effort < 1):
-            raise UsageError(
-                f"limit and effort must be at least 1 and offset at least 0, "
-                f"got limit={limit}, offset={offset}, effort={effort}"
-            )
         queries = check_vectors(vectors, self.dim, "the query")
-        hidden = set(exclude)
+        query = read_query(
+            limit=limit,
+            offset=offset,
+            exact=exact,
+            effort=effort,
+            score_threshold=score_threshold,
+            exclude=exclude,
+            with_vector=with_vector,
+            filter=filter,
+            group_by=group_by,
+            group_size=group_size,
+        )
+        if cursor is not None:
+            return [self._walks.page(queries, query, cursor)]
         with self._moment() as (db, state):
-            wanted = min(offset + limit + len(hidden), max(1, len(state)))
-            found = state.search(queries, wanted, effort=effort, exact=exact)
-            rows = np.unique(found.ids[found.ids >= 0])
-            items = sql.items_by_row(db, rows.tolist())
-            stored = sql.vectors_of(db, rows.tolist()) if with_vector else {}
-        results = []
-        for ids, scores in zip(found.ids.tolist(), found.scores.tolist(), strict=True):
-            hits: list[Hit] = []
-            for row, score in zip(ids, scores, strict=True):
-                if row < 0 or (score_threshold is not None and score < score_threshold):
-                    break
-                item = items[row]
-                if item.id not in hidden:
-                    shown = replace(item, vector=stored[row]) if with_vector else item
-                    hits.append(Hit(item.id, min(1.0, max(-1.0, score)), len(hits) + 1, shown))
-            results.append(
-                SearchResult(hits[offset : offset + limit], state.sequence, state.approximate and not exact)
-            )
-        return results
+            return answer(Searcher(db, state, self._row_sets, query), queries)
+
+    def _hold(self, stack: ExitStack) -> tuple[Any, Generation]:
+        """A read transaction of the present state, open until the stack is closed."""
+        with self._lock:  # nobody writes between the transaction's beginning and the state
+            db = stack.enter_context(self._catalog.reading())
+            sql.read_state(db)
+            return db, self._catch_up(db) if self.read_only else self._state
 
     def picture(self, id: str) -> bytes:
         return self._pictures.read(self._picture_of(id), id)
@@ -410,35 +478,84 @@ class LocalCollection:
             StorageError: no room for the snapshot; the collection goes on with the index that it had.
             ReadOnly: opened for reading.
         """
-        with self._write():
+        with self._turn():
             asked = self.manifest.index
         if kind is not None:
             check_kind(kind)
         same: Mapping[str, Any] = asked["options"] if kind in (None, asked["kind"]) else {}
         wanted = {"kind": kind or asked["kind"], "options": dict(same if options is None else options)}
         check_options(wanted["kind"], wanted["options"])
+        with self._background.paused(), self._building:
+            built = build_snapshot(self._catalog, wanted, device=self.device, measure=measure, seed=seed)
+            self._install(built, wanted)
+        self._sweep()
+        return built.about
+
+    def merge(self) -> dict[str, Any]:
+        """Fold the pending changes into the main index now, and return when it is done.
+
+        Rows are added to a copy of the index; where that would make a poor one (see
+        `merging.why_build_anew`), it is built anew. Searches and writes go on meanwhile. With merge="auto"
+        this happens by itself when it is due.
+
+        Returns:
+            What is kept in the manifest as "built".
+
+        Raises: as `build_index`; the collection goes on with the index that it had.
+        """
+        with self._turn():
+            pass
+        with self._background.paused(), self._building:
+            if not self._state.pending and self.manifest.built:
+                return dict(self.manifest.built)
+            return self._merge(never)
+
+    def settle(self) -> None:
+        """Wait until no merge is due or under way, or until it has failed and is to be tried again later."""
+        self._background.wake()
+        self._background.wait()
+
+    def _merge_due(self, stop: Stop) -> None:
         with self._building:
-            base, built = self._build(wanted, measure=measure, seed=seed)
-            with self._write(), self._catalog.reading() as db:
-                self._state = replayed(db, Generation.of(base, self.dim))
-                self._save_manifest(self.manifest.with_(index=wanted, built=built))
-            self._clean_up()
-        return built
+            if self.wants_merge:
+                self._merge(stop)
 
-    def _build(self, wanted: Mapping[str, Any], *, measure: bool, seed: int) -> Built:
-        built = build_snapshot(self._catalog, wanted, device=self.device, measure=measure, seed=seed)
+    def _merge(self, stop: Stop) -> dict[str, Any]:
+        state, wanted = self._state, self.manifest.index
+        saved = self._snapshots.path(state.base.sequence)
+        anew = why_build_anew(state, wanted, saved)
+        options: dict[str, Any] = {"device": self.device, "measure": True, "seed": 0, "stop": stop}
+        if anew is None:
+            built = extend_snapshot(self._catalog, state.base, saved, **options)
+        else:
+            log.info("%s: the merge builds the index anew: %s", self.name, anew)
+            built = build_snapshot(self._catalog, wanted, **options)
+        self._install(built, wanted)
+        return built.about
+
+    def _install(self, built: Built, wanted: Mapping[str, Any]) -> None:
+        """Save a new main index and search it from now on; writers wait only for the last changes."""
         self._snapshots.save(built.snapshot)
-        return built
-
-    def _clean_up(self) -> None:
-        """Drop old snapshots, the log of removals that only they needed, and unused pictures."""
-        with self._write():
+        with self._catalog.reading() as db:
+            state = replayed(db, Generation.of(built.snapshot, self.dim))
+        with self._turn():
+            with self._catalog.reading() as db:
+                state = replayed(db, state)
+            self._save_manifest(self.manifest.with_(index=wanted, built=built.about))
+            self._state = state
             oldest = self._snapshots.drop_old()
             if oldest is not None:
                 self._catalog.forget_removed(oldest)
-            with self._catalog.reading() as db:
-                used = sql.stored_pictures(db)
-            self._pictures.sweep(used)
+
+    def _sweep(self) -> None:
+        """Delete pictures that no item uses, and half-written ones: of writes that were cut short."""
+        with self._catalog.reading() as db:
+            used = sql.stored_pictures(db)
+        unused, halves = self._pictures.stored() - used, self._pictures.half_written()
+        with self._turn():  # nobody stores a picture now: what is still unused stays so
+            self._discard_unused(sorted(unused))
+            for half in halves:
+                half.unlink(missing_ok=True)
 
     # Opening and following
 
@@ -467,9 +584,12 @@ class LocalCollection:
         elif not self.read_only:
             log.warning("the index of %s is built again from the catalogue", self.path)
             try:
-                base, built = self._build(self.manifest.index, measure=False, seed=0)
-                self._save_manifest(self.manifest.with_(built={**built, "measured": None}))
-                return Generation.of(base, self.dim)
+                built = build_snapshot(
+                    self._catalog, self.manifest.index, device=self.device, measure=False, seed=0
+                )
+                self._snapshots.save(built.snapshot)
+                self._save_manifest(self.manifest.with_(built=built.about))
+                return Generation.of(built.snapshot, self.dim)
             except (StorageError, MissingExtra) as error:
                 log.warning("%s The collection is searched exactly until the index can be built.", error)
         return from_catalog(db, self.dim)
@@ -479,16 +599,35 @@ class LocalCollection:
         with self._lock:
             state, (sequence, horizon) = self._state, sql.read_state(db)
             if state.sequence < sequence:
-                if state.sequence < horizon or outgrown(state):
-                    self.manifest = read_manifest(self.path)
-                    self._pictures = self._open_pictures()
-                    base = self._snapshots.load(db)
-                    if base is not None and base.sequence > state.base.sequence:
-                        state = Generation.of(base, self.dim)
-                    elif state.sequence < horizon:
-                        state = self._rebuilt(db)
+                if state.sequence < horizon:  # removals that the state has not seen are forgotten by now
+                    self._reread_manifest()
+                    base = self._snapshots.load(db, newer_than=state.base.sequence)
+                    state = Generation.of(base, self.dim) if base is not None else self._rebuilt(db)
                 self._state = replayed(db, state)
-            return self._state
+        self._background.wake()
+        return self._state
+
+    def _newer_index(self) -> bool:
+        """Whether a reader's own delta has grown, and the writer has merged it meanwhile."""
+        return is_due(self._state) and self._snapshots.newest() > self._state.base.sequence
+
+    def _adopt(self, stop: Stop) -> None:
+        """Take up the index that the writer has made; searches go on in the old one until it is loaded."""
+        with self._catalog.reading() as db:
+            base = self._snapshots.load(db, newer_than=self._state.base.sequence)
+            if stop():
+                raise Stopped
+            if base is None:
+                raise DamagedFile(f"no index in {self._snapshots.folder} could be read")
+            state = replayed(db, Generation.of(base, self.dim))
+        with self._lock, self._catalog.reading() as db:
+            if state.base.sequence > self._state.base.sequence:
+                self._reread_manifest()
+                self._state = replayed(db, state)
+
+    def _reread_manifest(self) -> None:
+        self.manifest = read_manifest(self.path)
+        self._pictures = self._open_pictures()
 
     # Checking
 

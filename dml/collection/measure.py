@@ -12,6 +12,9 @@ QUERIES = 1000
 SHARE = 0.1
 """At most this many items, and this share of them, are held out as queries."""
 
+FEWEST = 100
+"""With fewer new items than this an earlier measurement says more."""
+
 NEIGHBOURS = 10
 SAMPLE = 200_000
 """Vectors that an index may learn from before it is filled."""
@@ -34,6 +37,16 @@ def hold_out(db: Any, count: int, *, seed: int) -> Ids:
     if count - queries < 2 * NEIGHBOURS or not queries:
         return np.empty(0, np.int64)
     return np.sort(np.random.default_rng(seed).choice(all_rows(db), queries, replace=False))
+
+
+def hold_out_new(db: Any, count: int, *, after: int, seed: int) -> Ids:
+    """As `hold_out`, from the rows above `after`; none when those are too few to say anything."""
+    found = db.execute("SELECT row FROM vectors WHERE row > ? ORDER BY row", (after,))
+    rows = np.array([row for (row,) in found], np.int64)
+    queries = min(QUERIES, int(SHARE * count), len(rows))
+    if queries < FEWEST:
+        return np.empty(0, np.int64)
+    return np.sort(np.random.default_rng(seed).choice(rows, queries, replace=False))
 
 
 def training_sample(db: Any, *, without: Ids, dim: int, seed: int = 0) -> Vectors:

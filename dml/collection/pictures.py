@@ -113,13 +113,9 @@ class Pictures:
         """sha256 of all pictures that are stored, used or not."""
         return {path.name for path in self.images.glob("??/*") if not path.name.endswith(ASIDE)}
 
-    def sweep(self, used: set[str]) -> int:
-        """Delete what no item uses: pictures of changes that were never committed, and half-written files."""
-        for leftover in self.images.glob(f"??/.*{ASIDE}"):
-            leftover.unlink(missing_ok=True)
-        unused = sorted(self.stored() - used)
-        self.discard(unused)
-        return len(unused)
+    def half_written(self) -> list[Path]:
+        """Files of writes that were cut short, or that go on just now."""
+        return list(self.images.glob(f"??/.*{ASIDE}"))
 
     def damaged(self, picture: Picture, id: str) -> str | None:
         """What is wrong with a picture, or None."""

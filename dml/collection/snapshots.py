@@ -50,7 +50,11 @@ class Snapshots:
 
     def paths(self) -> list[Path]:
         """Newest first."""
-        return sorted(self.folder.glob("*.index"), reverse=True)
+        return sorted((p for p in self.folder.glob("*.index") if p.stem.isdecimal()), reverse=True)
+
+    def newest(self) -> int:
+        """The change of the newest that there is, whole or not; -1 without any."""
+        return max((int(path.stem) for path in self.paths()), default=-1)
 
     def save(self, snapshot: Snapshot) -> None:
         """Write it, completely or not at all. Raises StorageError."""
@@ -59,11 +63,16 @@ class Snapshots:
             "last_row": snapshot.last_row,
             "fingerprint": self.fingerprint,
             "measured": snapshot.measured,
+            "built_over": snapshot.built_over,
+            "dead": snapshot.dead,
         }
         snapshot.index.save(self.path(snapshot.sequence), note=note)
 
-    def load(self, db: Any) -> Snapshot | None:
+    def load(self, db: Any, *, newer_than: int = -1) -> Snapshot | None:
         """The newest that is whole and fits the catalogue; None when there is none.
+
+        Args:
+            newer_than: only those as of a later change.
 
         Only what has shown to be damaged is deleted: its length or a checksum is wrong, in a format that is
         known. What a newer dml wrote, or what cannot be read just now, is passed over and stays.
@@ -71,6 +80,8 @@ class Snapshots:
         sequence, horizon = sql.read_state(db)
         self.unread = []
         for path in self.paths():
+            if int(path.stem) <= newer_than:
+                break
             try:
                 header = read_header(path)
                 note, origin = header.note, (header.note.get("fingerprint"), header.dim)
@@ -79,7 +90,14 @@ class Snapshots:
                     continue
                 check_kind_of(path, header.kind)
                 index = load_index(path, device=self.device)
-                return Snapshot(index, note["sequence"], note["last_row"], note.get("measured"))
+                return Snapshot(
+                    index,
+                    note["sequence"],
+                    note["last_row"],
+                    note.get("measured"),
+                    built_over=note.get("built_over", len(index)),
+                    dead=note.get("dead", 0),
+                )
             except (DamagedFile, OSError, KeyError) as error:
                 log.warning("%s; passed over, nothing is lost: the catalogue has everything", error)
                 if not is_damage(path, error):
