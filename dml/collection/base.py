@@ -13,10 +13,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dml.collection.filters import Filter
 from dml.errors import UsageError
 
 Payload = Mapping[str, Any]
 """JSON: what the user wants to know about an item. The key "label" is its class, when it has one."""
+
+FilterLike = Filter | Mapping[str, Any]
+"""A filter, or the JSON that it is written as; see `dml.collection.filters`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class NewItem:
     payload: Payload = field(default_factory=dict)
     image: bytes | None = None
     file: Path | None = None
+    sha256: str | None = None  # of `file`, from who has just read it; None: it is read for it
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Hit:
     score: float  # cosine similarity, higher is nearer
     rank: int  # 1 is the best
     item: Item
+    group: str | int | float | bool | None = None  # the value that it was grouped by
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,9 @@ class SearchResult:
     hits: list[Hit]
     generation: int  # the state of the collection that answered
     approximate: bool  # whether a true neighbour may be missing
+    total: int = 0  # items (or groups) that qualify, on this page or not; a lower bound, unless …
+    total_is_exact: bool = False
+    next_cursor: str | None = None  # of a walk with cursors: where the next page starts; None at the end
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,10 @@ class Collection(Protocol):
         ...
 
     def capabilities(self) -> frozenset[str]:
-        """Names among: "exact", "filter", "group_by", "generation_cursor", "verify", "pictures", "count"."""
+        """Names among: "exact", "filter", "group_by", "generation_cursor", "verify", "pictures", "count".
+
+        count: how many items pass a filter can be asked.
+        """
         ...
 
     def __len__(self) -> int: ...
@@ -157,10 +169,27 @@ class Collection(Protocol):
         """Forget these ids; return how many were there."""
         ...
 
+    def delete_matching(self, filter: FilterLike) -> int:
+        """Forget the items that pass a filter; return how many there were.
+
+        Raises:
+            FilterInvalid: also for a filter that lets everything pass.
+        """
+        ...
+
+    def count(self, filter: FilterLike | None = None) -> int:
+        """How many items pass a filter. Raises FilterInvalid."""
+        ...
+
     def scroll(
-        self, *, after: str | None = None, limit: int = 100, with_vector: bool = False
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        with_vector: bool = False,
+        filter: FilterLike | None = None,
     ) -> tuple[list[Item], str | None]:
-        """Items in the order of their ids, and where the next page starts (None at the end)."""
+        """Items that pass, in the order of their ids, and where the next page starts (None at the end)."""
         ...
 
     def search(
@@ -174,12 +203,30 @@ class Collection(Protocol):
         score_threshold: float | None = None,
         exclude: Sequence[str] = (),
         with_vector: bool = False,
+        filter: FilterLike | None = None,
+        group_by: str | None = None,
+        group_size: int = 1,
+        cursor: str | None = None,
     ) -> list[SearchResult]:
         """The nearest items of each row of `vectors` (Q, D).
 
         Args:
+            exact: compare with every item (that passes the filter), whatever the index.
+            effort: how hard an approximate index looks; None: its own measure.
+            score_threshold: leave out hits below this similarity. With a large `limit` this is a range
+                search: everything at least so similar, or as many as `limit` says; see `total_is_exact`.
             exclude: ids that may not be returned (the query's own, for "more like this").
-            score_threshold: leave out hits below this similarity.
+            filter: only items that pass, see `dml.collection.filters`.
+            group_by: a path in the payload: the `limit` best groups of equal values there, and of each its
+                `group_size` best items. `limit` and `offset` count groups, `hits` is flat: group after group.
+            cursor: "*" starts a walk through all hits, page by page; `next_cursor` of the page before goes on
+                with it, in the same state of the collection, whatever is written meanwhile. For one query;
+                always exact.
+
+        Raises:
+            VectorError, DimensionMismatch, UsageError, FilterInvalid
+            CursorInvalid: not given out here, changed, or of another search.
+            CursorExpired: its state of the collection is not kept any more.
         """
         ...
 

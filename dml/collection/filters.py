@@ -127,16 +127,21 @@ class Filter:
 
 Condition = Match | Except | Range | Exists | IsNull | HasId | Filter
 
+EVERYTHING = Filter()
+"""The filter that lets every item pass."""
+
 
 # Reading
 
 
 def parse_filter(given: Any) -> Filter:
-    """A filter from what JSON holds, or the filter that is given.
+    """A filter from what JSON holds, or the filter that is given; None: everything passes.
 
     Raises:
         FilterInvalid: with the JSON Pointer of what is wrong.
     """
+    if given is None:
+        return EVERYTHING
     if isinstance(given, Filter):
         return given
     return _Reader().filter(given, "", depth=1)

@@ -1,0 +1,239 @@
+"""How a search is answered in one state of a collection: filters, thresholds, groups, and how exact it is.
+
+The planner counts what the filter lets pass. Few: all of them are compared, so the answer is exact whatever
+the index. Many: the index searches among them, with more effort, since most of what it meets may not be
+returned; the answer says that it is approximate. Everything: the filter is left out.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dml.collection import catalog as sql
+from dml.collection.base import Hit, Item, SearchResult
+from dml.collection.filters import EVERYTHING, Condition, Filter, Scalar, canonical, parse_filter, steps_of
+from dml.collection.generation import Generation
+from dml.collection.row_sets import RowSets
+from dml.errors import FilterInvalid, UsageError
+from dml.index.base import Hits, Ids, Vectors
+
+FEW = 10_000
+FEW_SHARE = 0.01
+"""Up to so many items that pass, or this share of all, every one of them is compared."""
+
+FIRST_LOOK = 256
+"""Results asked for at first where a threshold decides how many there are; then four times as many, …"""
+
+MAX_GROUP_SIZE = 100
+
+
+@dataclass(frozen=True)
+class Query:
+    """Everything of a search but its vectors, checked when it is made.
+
+    Raises:
+        UsageError: a number out of range. FilterInvalid: a filter or a `group_by` that cannot be read.
+    """
+
+    limit: int = 10
+    offset: int = 0
+    exact: bool = False
+    effort: int | None = None
+    score_threshold: float | None = None
+    exclude: tuple[str, ...] = ()
+    with_vector: bool = False
+    filter: Filter = EVERYTHING
+    group_by: str | None = None
+    group_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.offset < 0 or (self.effort is not None and self.effort < 1):
+            raise UsageError(
+                f"limit and effort must be at least 1 and offset at least 0, "
+                f"got limit={self.limit}, offset={self.offset}, effort={self.effort}"
+            )
+        if not 1 <= self.group_size <= MAX_GROUP_SIZE:
+            raise UsageError(f"group_size must be between 1 and {MAX_GROUP_SIZE}, got {self.group_size}")
+        if self.group_by is not None:
+            try:
+                steps_of(self.group_by)
+            except FilterInvalid as error:
+                raise UsageError(f"group_by: {error.detail}") from None
+
+    def digest(self, vector: Vectors) -> str:
+        """A fingerprint of what is looked for: all that decides which hits there are, in which order."""
+        told = [
+            vector.tobytes().hex(),
+            canonical(self.filter),
+            repr(None if self.score_threshold is None else float(self.score_threshold)),
+            repr(sorted(set(self.exclude))),
+            repr((self.group_by, self.group_size)),
+        ]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
+
+
+def read_query(
+    *,
+    limit: int,
+    offset: int,
+    exact: bool,
+    effort: int | None,
+    score_threshold: float | None,
+    exclude: Sequence[str],
+    with_vector: bool,
+    filter: Filter | Mapping[str, Any] | None,
+    group_by: str | None,
+    group_size: int,
+) -> Query:
+    """The arguments of `Collection.search` as a query. Raises UsageError, FilterInvalid."""
+    return Query(
+        limit=limit,
+        offset=offset,
+        exact=exact,
+        effort=effort,
+        score_threshold=score_threshold,
+        exclude=tuple(exclude),
+        with_vector=with_vector,
+        filter=parse_filter(filter),
+        group_by=group_by,
+        group_size=group_size,
+    )
+
+
+NOBODY: Ids = np.empty(0, np.int64)
+
+
+class Scope(NamedTuple):
+    """What the planner decided."""
+
+    allowed: Ids | None  # only these rows; None: all
+    hidden: Ids  # not these rows, which the index does not know about
+    count: int  # rows that may be returned
+    exact: bool  # compare them all
+    approximate: bool  # whether a true neighbour may be missing
+
+
+class Ranking(NamedTuple):
+    """Rows that qualify, best first."""
+
+    rows: Ids
+    scores: Vectors
+    complete: bool  # whether there are no more
+
+    def first(self, count: int) -> "Ranking":
+        return Ranking(self.rows[:count], self.scores[:count], self.complete and len(self.rows) <= count)
+
+
+class Searcher:
+    """Answers queries in one state of a collection.
+
+    Args:
+        db: a read transaction of the same moment as `state`.
+        row_sets: remembers what filters let pass.
+        query: how to search; its `limit` and `offset` do not matter to `ranked`.
+    """
+
+    def __init__(self, db: Any, state: Generation, row_sets: RowSets, query: Query) -> None:
+        self.db, self.state, self.row_sets, self.query = db, state, row_sets, query
+        hidden = sql.items_by_id(db, query.exclude) if query.exclude else {}
+        self.hidden: Ids = np.sort(np.array([row for row, _ in hidden.values()], np.int64))
+        self.scope = self._scope(query.filter)
+
+    def answer(self, vectors: Vectors) -> list[SearchResult]:
+        """One result per row of `vectors` (Q, D)."""
+        count = self.query.offset + self.query.limit
+        return [self.page(ranking) for ranking in self.ranked(vectors, count)]
+
+    def page(self, ranking: Ranking) -> SearchResult:
+        """The part of a ranking that the query asks for; the ranking goes at least that far."""
+        query = self.query
+        part = slice(query.offset, query.offset + query.limit)
+        shown = Ranking(ranking.rows[part], ranking.scores[part], ranking.complete)
+        total, is_exact = self._total(ranking)
+        return SearchResult(
+            self.hits(shown, first_rank=query.offset + 1),
+            self.state.sequence,
+            self.scope.approximate,
+            total=total,
+            total_is_exact=is_exact,
+        )
+
+    def ranked(self, vectors: Vectors, count: int, *, scope: "Scope | None" = None) -> list[Ranking]:
+        """The best `count` of each query that qualify."""
+        scope, threshold = scope or self.scope, self.query.score_threshold
+        most = min(count + len(scope.hidden), scope.count + len(scope.hidden))
+        if not most:
+            return [Ranking(NOBODY, np.empty(0, np.float32), complete=True) for _ in vectors]
+        k = most if threshold is None else min(most, max(FIRST_LOOK, len(scope.hidden) + 1))
+        while True:
+            found = self._nearest(vectors, k, scope)
+            enough = threshold is not None and bool((found.scores[:, -1] < threshold).all())
+            if k >= most or enough:
+                return [self._ranking(ids, scores, count, scope) for ids, scores in zip(*found, strict=True)]
+            k = min(4 * k, most)
+
+    def _nearest(self, vectors: Vectors, k: int, scope: "Scope") -> Hits:
+        return self.state.search(
+            vectors, k, effort=self.query.effort, exact=scope.exact, allowed=scope.allowed
+        )
+
+    def _ranking(self, ids: Ids, scores: Vectors, count: int, scope: "Scope") -> Ranking:
+        """What of one row of hits qualifies."""
+        good = ids >= 0
+        complete = len(ids) >= scope.count + len(scope.hidden)
+        if self.query.score_threshold is not None:
+            good &= scores >= self.query.score_threshold
+            complete = complete or not good.all()
+        if len(scope.hidden):
+            good &= ~np.isin(ids, scope.hidden)
+        return Ranking(ids[good], scores[good], complete).first(count)
+
+    def _total(self, ranking: Ranking) -> tuple[int, bool]:
+        """How many items qualify, and whether these are all or only those seen so far."""
+        if self.query.score_threshold is None:
+            return self.scope.count, True
+        return len(ranking.rows), ranking.complete and not self.scope.approximate
+
+    # Planning
+
+    def narrowed(self, condition: Condition) -> "Scope":
+        """The scope of the query's filter and one more condition."""
+        filters = (self.query.filter, condition) if self.query.filter else (condition,)
+        return self._scope(Filter(must=filters))
+
+    def _scope(self, filter: Filter) -> "Scope":
+        """Among which rows to search, and how."""
+        state, exact, hidden = self.state, self.query.exact, self.hidden
+        if not filter:
+            approximate = state.approximate and not exact
+            return Scope(None, hidden, len(state) - len(hidden), exact=exact, approximate=approximate)
+        allowed = self.row_sets.rows(self.db, filter)
+        if len(allowed) == len(state):
+            return self._scope(EVERYTHING)
+        if len(hidden):
+            allowed = np.setdiff1d(allowed, hidden, assume_unique=True)
+        exact = exact or len(allowed) <= max(FEW, FEW_SHARE * len(state))
+        approximate = state.approximate and not exact
+        return Scope(allowed, NOBODY, len(allowed), exact=exact, approximate=approximate)
+
+    # Items
+
+    def hits(self, ranking: Ranking, *, first_rank: int = 1, group: Scalar | None = None) -> list[Hit]:
+        """The items of a ranking."""
+        rows = ranking.rows.tolist()
+        items = self.items(rows)
+        return [
+            Hit(items[row].id, min(1.0, max(-1.0, score)), rank, items[row], group=group)
+            for rank, (row, score) in enumerate(zip(rows, ranking.scores.tolist(), strict=True), first_rank)
+        ]
+
+    def items(self, rows: Sequence[int]) -> dict[int, Item]:
+        """row -> item, with its vector where the query wants it."""
+        items = sql.items_by_row(self.db, rows)
+        if self.query.with_vector:
+            stored = sql.vectors_of(self.db, rows)
+            items = {row: replace(item, vector=stored[row]) for row, item in items.items()}
+        return items
