@@ -7,12 +7,14 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dml.checksums import seal
 from dml.collection import NewItem, create_collection, is_collection, open_collection
 from dml.collection import catalog as sql
 from dml.errors import (
@@ -30,7 +32,7 @@ from dml.errors import (
     VectorError,
 )
 from dml.index import make_index
-from dml.index.file import PREFIX
+from dml.index.file import FORMAT, PREFIX
 
 DIM = 16
 FINGERPRINT = "f" * 64
@@ -700,7 +702,7 @@ def test_a_snapshot_that_is_not_damaged_is_never_deleted(
     shop.close()
     [snapshot] = (tmp_path / "shop" / "snapshots").glob("*.index")
     if why in ("newer", "kind"):
-        rewrite_header(snapshot, **{"newer": {"format": 2}, "kind": {"kind": "scann"}}[why])
+        rewrite_header(snapshot, **{"newer": {"format": FORMAT + 1}, "kind": {"kind": "scann"}}[why])
     before = snapshot.read_bytes()
 
     def refuse(*args, **kwargs):
@@ -747,16 +749,16 @@ def test_a_device_that_is_not_there_is_an_error_and_costs_no_snapshot(create, re
 def test_newer_formats_are_refused_and_nothing_is_touched(create, tmp_path):
     create().close()
     folder = tmp_path / "shop"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    manifest = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").write_bytes(seal({**json.loads(manifest), "format": 99}))
     with pytest.raises(DamagedFile, match="format 99.*update dml"):
         open_collection(folder)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(manifest)
     change_version(folder, 99)
     for read_only in (False, True):
         with pytest.raises(DamagedFile, match="format 99.*update dml"):
             open_collection(folder, read_only=read_only)
-    change_version(folder, 1)
+    change_version(folder, sql.VERSION)
     open_collection(folder).close()
 
 
@@ -767,26 +769,47 @@ def change_version(folder, version):
     connection.close()
 
 
-def test_an_older_catalogue_is_migrated_on_a_copy(create, reopen, tmp_path, monkeypatch):
+def test_an_older_collection_is_migrated_on_a_copy(create, reopen, tmp_path):
     shop = create()
     shop.add(items(unit(0, 10)))
+    shop.build_index()
+    shop.delete(["i0"])
     shop.close()
-    monkeypatch.setattr(sql, "VERSION", 2)
-    monkeypatch.setattr(
-        sql, "MIGRATIONS", {1: lambda db: db.execute("ALTER TABLE items ADD COLUMN extra TEXT")}
-    )
+    shop = tmp_path / "shop"
+    make_format_1(shop)
+    reader = reopen(read_only=True)
+    assert len(reader) == 9
+    assert reader.verify() == []
+    assert "checksum" not in (shop / "manifest.json").read_text()
+    reader.close()
     again = reopen()
-    assert len(again) == 10
+    assert (len(again), again.generation) == (9, 11)
     assert again.verify() == []
+    assert again.info().manifest["format"] == 2
+    again.delete(["i1"])
     again.close()
-    with sqlite3.connect(tmp_path / "shop" / "catalog.sqlite") as new:
+    with closing(sqlite3.connect(shop / "catalog.sqlite")) as new:
         assert new.execute("PRAGMA user_version").fetchone() == (2,)
-        new.execute("SELECT extra FROM items")
-    new.close()
-    with sqlite3.connect(tmp_path / "shop" / "catalog.sqlite.format1") as old:
+        assert new.execute("SELECT sequence, horizon FROM state").fetchone() == (12, 0)
+    with closing(sqlite3.connect(shop / "catalog.sqlite.format1")) as old:
         assert old.execute("PRAGMA user_version").fetchone() == (1,)
-        assert old.execute("SELECT count(*) FROM items").fetchone() == (10,)
-    old.close()
+        assert old.execute("SELECT count(*) FROM items").fetchone() == (9,)
+    assert len(reopen()) == 8
+
+
+def make_format_1(folder):
+    """Turn a collection into what the first format was: no checksums of state and manifest, no facts."""
+    with closing(sqlite3.connect(folder / "catalog.sqlite", isolation_level=None)) as db:
+        sequence, horizon = db.execute("SELECT sequence, horizon FROM state").fetchone()
+        db.executescript(
+            "BEGIN; DROP TABLE facts; DROP TABLE state;"
+            "CREATE TABLE state (\n    only INTEGER PRIMARY KEY CHECK (only = 1), sequence INTEGER NOT NULL, "
+            "horizon INTEGER NOT NULL\n);"
+            f"INSERT INTO state VALUES (1, {sequence}, {horizon}); PRAGMA user_version = 1; COMMIT;"
+        )
+    path = folder / "manifest.json"
+    tree = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    path.write_text(json.dumps({**tree, "format": 1}, indent=2) + "\n")
 
 
 def test_a_migration_that_fails_leaves_the_old_catalogue(create, reopen, monkeypatch, tmp_path):
@@ -798,8 +821,8 @@ def test_a_migration_that_fails_leaves_the_old_catalogue(create, reopen, monkeyp
         db.execute("DELETE FROM items")
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(sql, "VERSION", 2)
-    monkeypatch.setattr(sql, "MIGRATIONS", {1: fail})
+    monkeypatch.setattr(sql, "VERSION", sql.VERSION + 1)
+    monkeypatch.setattr(sql, "MIGRATIONS", {sql.VERSION - 1: fail})
     with pytest.raises(RuntimeError):
         reopen()
     monkeypatch.undo()

@@ -5,7 +5,8 @@
     items    row (int64, never used twice) · id · sequence · payload JSON · picture columns · crc32
     vectors  row · float32 little-endian · crc32
     removed  row · sequence                  rows that are gone, for indexes that still hold them
-    state    sequence · horizon              the last change; `removed` is complete after `horizon`
+    state    sequence · horizon · crc32      the last change; `removed` is complete after `horizon`
+    facts    name · value JSON · crc32       what else can be restored from here: the manifest
 
 A new vector is a new row, also under an old id: a row and its vector never change, so an index can hold rows
 and be brought up to date by "rows above the last one it knows" and "rows removed since". WAL and
@@ -34,7 +35,7 @@ from dml.storage import flush_to_disk
 FILE = "catalog.sqlite"
 """In the folder of a collection."""
 
-VERSION = 1
+VERSION = 2
 """Format of the catalogue, kept in SQLite's user_version."""
 
 APPLICATION_ID = 0x646D6C31  # "dml1"
@@ -56,13 +57,13 @@ CREATE TABLE vectors (row INTEGER PRIMARY KEY, vector BLOB NOT NULL, crc INTEGER
 CREATE TABLE removed (row INTEGER PRIMARY KEY, sequence INTEGER NOT NULL);
 CREATE INDEX removed_sequence ON removed (sequence);
 CREATE TABLE state (
-    only INTEGER PRIMARY KEY CHECK (only = 1), sequence INTEGER NOT NULL, horizon INTEGER NOT NULL
+    only INTEGER PRIMARY KEY CHECK (only = 1),
+    sequence INTEGER NOT NULL,
+    horizon INTEGER NOT NULL,
+    crc INTEGER NOT NULL
 );
-INSERT INTO state VALUES (1, 0, 0);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL);
 """
-
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
-"""From version -> what makes the next version of it. Runs on a copy."""
 
 ITEM_COLUMNS = "row, id, sequence, payload, picture_kind, picture_sha256, picture_path, picture_root"
 
@@ -90,6 +91,14 @@ class Written(NamedTuple):
     orphans: list[str]  # sha256 of stored pictures that nobody refers to any more
 
 
+class KnownPicture(NamedTuple):
+    """Whose vector is that of which bytes."""
+
+    id: str
+    sha256: str
+    box: str | None  # the part of the picture that was embedded, "[1,2,3,4]"; None: all of it
+
+
 class Catalog:
     """Open catalogue. Several threads may read at once; writing goes through one connection and a lock."""
 
@@ -113,6 +122,7 @@ class Catalog:
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.executescript("BEGIN;" + SCHEMA + f"PRAGMA application_id = {APPLICATION_ID};")
+                write_state(connection, 0, 0)
                 connection.execute(f"PRAGMA user_version = {VERSION}")
                 connection.execute("COMMIT")
             finally:
@@ -220,7 +230,7 @@ class Catalog:
                     removed.append(old[0])
                     dropped.add(old[1])
                 rows.append(insert(db, change, sequence))
-            db.execute("UPDATE state SET sequence = ?", (sequence,))
+            write_state(db, sequence)
             orphans = without_items(db, dropped)
         alive = ~np.isin(rows, removed)
         vectors = np.array([c.vector for c in changes], np.float32).reshape(len(changes), self.dim)
@@ -238,7 +248,7 @@ class Catalog:
                     sequence += 1
                     removed.append(old[0])
                     dropped.add(old[1])
-            db.execute("UPDATE state SET sequence = ?", (sequence,))
+            write_state(db, sequence)
             orphans = without_items(db, dropped)
         none = np.empty(0, np.int64)
         return Written(
@@ -269,14 +279,20 @@ class Catalog:
                 "UPDATE items SET sequence = ?, payload = ?, crc = ? WHERE row = ?",
                 (sequence, payload, item_crc(row), row[0]),
             )
-            db.execute("UPDATE state SET sequence = ?", (sequence,))
+            write_state(db, sequence)
         return sequence, item_of(row)
 
     def forget_removed(self, sequence: int) -> None:
         """Drop the log of removals up to this change: no index that is older will be brought up to date."""
         with self._writing() as db:
             db.execute("DELETE FROM removed WHERE sequence <= ?", (sequence,))
-            db.execute("UPDATE state SET horizon = max(horizon, ?)", (sequence,))
+            last, horizon = read_state(db)
+            write_state(db, last, max(horizon, sequence))
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a fact (JSON) from which something outside can be restored. Raises StorageError."""
+        with self._writing() as db:
+            write_fact(db, name, value)
 
     # Reading
 
@@ -314,6 +330,23 @@ class Catalog:
 def read_state(db: sqlite3.Connection) -> tuple[int, int]:
     """The last change, and the change after which `removed` is complete."""
     return db.execute("SELECT sequence, horizon FROM state").fetchone()
+
+
+def write_state(db: sqlite3.Connection, sequence: int, horizon: int | None = None) -> None:
+    """Set the last change, and the horizon when it is given."""
+    kept = read_state(db)[1] if horizon is None else horizon
+    db.execute("REPLACE INTO state VALUES (1, ?, ?, ?)", (sequence, kept, crc_of([sequence, kept])))
+
+
+def read_fact(db: sqlite3.Connection, name: str) -> Any:
+    """What `remember` kept; None when there is nothing, or it does not fit its checksum."""
+    found = db.execute("SELECT value, crc FROM facts WHERE name = ?", (name,)).fetchone()
+    return json.loads(found[0]) if found is not None and crc_of([name, found[0]]) == found[1] else None
+
+
+def write_fact(db: sqlite3.Connection, name: str, value: Any) -> None:
+    encoded = json.dumps(value, ensure_ascii=False)
+    db.execute("REPLACE INTO facts VALUES (?, ?, ?)", (name, encoded, crc_of([name, encoded])))
 
 
 def count_items(db: sqlite3.Connection) -> int:
@@ -381,6 +414,13 @@ def all_pictures(db: sqlite3.Connection) -> Iterator[tuple[str, Picture]]:
             yield item.id, item.picture
 
 
+def known_pictures(db: sqlite3.Connection) -> Iterator[KnownPicture]:
+    """Every item with a picture, in the order of rows."""
+    box = "CASE json_type(payload, '$.box') WHEN 'array' THEN json_extract(payload, '$.box') END"
+    query = f"SELECT id, picture_sha256, {box} FROM items WHERE picture_kind IS NOT NULL ORDER BY row"
+    yield from map(KnownPicture._make, db.execute(query))
+
+
 def stored_pictures(db: sqlite3.Connection) -> set[str]:
     """sha256 of the stored pictures that items refer to."""
     query = "SELECT DISTINCT picture_sha256 FROM items WHERE picture_kind = 'stored'"
@@ -428,7 +468,11 @@ def item_of(row: Row) -> Item:
 
 def item_crc(row: Row) -> int:
     """crc32 of what an item says (all columns but its row)."""
-    return zlib.crc32(json.dumps(row[1:], ensure_ascii=False).encode())
+    return crc_of(row[1:])
+
+
+def crc_of(values: Sequence[Any]) -> int:
+    return zlib.crc32(json.dumps(values, ensure_ascii=False).encode())
 
 
 # Format and errors
@@ -445,6 +489,20 @@ def check_version(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} has format {version}, and this version of dml reads up to {VERSION}; "
             f"update dml to open it"
         )
+
+
+def add_checksum_and_facts(db: sqlite3.Connection) -> None:
+    """Format 1 to 2."""
+    sequence, horizon = read_state(db)
+    db.execute("DROP TABLE state")
+    for statement in SCHEMA.split(";"):
+        if "TABLE state" in statement or "TABLE facts" in statement:
+            db.execute(statement)
+    write_state(db, sequence, horizon)
+
+
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: add_checksum_and_facts}
+"""From version -> what makes the next version of it. Runs on a copy."""
 
 
 def migrate(path: Path) -> bool:

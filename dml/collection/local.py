@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from dml.collection.base import (
     Picture,
     SearchResult,
 )
-from dml.collection.catalog import Catalog, Change
+from dml.collection.catalog import Catalog, Change, KnownPicture
 from dml.collection.cursors import Walks
 from dml.collection.derive import Built, Stop, Stopped, build_snapshot, check_kind, extend_snapshot, never
 from dml.collection.filters import parse_filter
@@ -44,7 +44,7 @@ from dml.collection.items import check_item, check_rows, check_unicode, encode_p
 from dml.collection.keeping import check
 from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
-from dml.collection.manifest import Manifest, read_manifest, write_manifest
+from dml.collection.manifest import FORMAT, Manifest, read_manifest, write_manifest
 from dml.collection.merging import Background, MergeMode, check_mode, is_due, why_build_anew
 from dml.collection.pictures import Pictures
 from dml.collection.query import Searcher, read_query
@@ -109,6 +109,7 @@ class LocalCollection:
             if not read_only:
                 sql.migrate(self.path / sql.FILE)
             self._catalog = Catalog(self.path / sql.FILE, dim=self.dim, read_only=read_only)
+            self._remember_manifest()
             try:
                 self._pictures = self._open_pictures()
                 self._state = self._open_state()
@@ -300,6 +301,11 @@ class LocalCollection:
             self._save_manifest(self.manifest.with_(roots=roots))
             self._pictures = self._open_pictures()
 
+    def set_encoder_info(self, info: Mapping[str, Any]) -> None:
+        """Say anew what is known about the encoder. Raises ReadOnly, StorageError."""
+        with self._write():
+            self._save_manifest(self.manifest.with_(encoder=dict(info)))
+
     @contextmanager
     def _write(self) -> Iterator[Generation]:
         """The one writer's turn, with the state to start from; afterwards a merge may be due."""
@@ -323,7 +329,7 @@ class LocalCollection:
     def _take_picture(self, item: NewItem) -> Picture | None:
         if item.image is not None:
             return self._pictures.store(item.image)
-        return None if item.file is None else self._pictures.refer(item.file)
+        return None if item.file is None else self._pictures.refer(item.file, item.sha256)
 
     def _discard_unused(self, sha256s: list[str]) -> None:
         """After a write that failed: pictures that it stored and nobody else uses."""
@@ -334,7 +340,17 @@ class LocalCollection:
             return  # the next sweep finds them
         self._pictures.discard(unused)
 
+    def _remember_manifest(self) -> None:
+        """See to it that the catalogue knows the manifest, and that the manifest has a checksum."""
+        if self.read_only:
+            return
+        with self._catalog.reading() as db:
+            known = sql.read_fact(db, MANIFEST)
+        if known is None or self.manifest.format < FORMAT:
+            self._save_manifest(replace(self.manifest, format=FORMAT))
+
     def _save_manifest(self, manifest: Manifest) -> None:
+        self._catalog.remember(MANIFEST, asdict(manifest))
         write_manifest(self.path, manifest)
         self.manifest = manifest
 
@@ -374,6 +390,11 @@ class LocalCollection:
         asked = parse_filter(filter)
         with self._moment() as (db, state):
             return len(self._row_sets.rows(db, asked)) if asked else len(state)
+
+    def known_pictures(self) -> Iterator[KnownPicture]:
+        """Every item with a picture, in the order in which they were written: which bytes have a vector."""
+        with self._moment() as (db, _):
+            yield from sql.known_pictures(db)
 
     def scroll(
         self,

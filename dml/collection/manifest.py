@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dml.checksums import KEY as CHECKSUM
+from dml.checksums import seal, seal_fits
 from dml.errors import DamagedFile, UnknownCollection
 from dml.storage import opened_aside
 
-FORMAT = 1
+FORMAT = 2
+"""1 has no checksum."""
 FILE = "manifest.json"
 
 
@@ -39,7 +42,7 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put it into the folder in one step. Raises StorageError."""
     with opened_aside(folder / FILE) as file:
-        file.write((json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(seal(asdict(replace(manifest, format=FORMAT))))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -47,11 +50,12 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         UnknownCollection: there is none.
-        DamagedFile: not readable as one, or of a newer format.
+        DamagedFile: not readable as one, not as it was written, or of a newer format.
     """
     path = folder / FILE
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        tree = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
         raise UnknownCollection(
             f"There is no collection at {folder} (no {FILE} in it). "
@@ -59,6 +63,19 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise DamagedFile(f"{path} cannot be read: {error}") from error
+    return parsed(tree, path, sealed=seal_fits(data))
+
+
+def parsed(tree: Any, path: Path, *, sealed: bool | None) -> Manifest:
+    """The manifest that a JSON tree is.
+
+    Args:
+        path: for the errors.
+        sealed: whether its checksum fits; None: it has none.
+
+    Raises:
+        DamagedFile: as `read_manifest`.
+    """
     if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
         raise DamagedFile(f"{path} is not the manifest of a collection")
     if tree["format"] > FORMAT:
@@ -66,7 +83,12 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has format {tree['format']}, and this version of dml reads up to {FORMAT}; "
             f"update dml to open it"
         )
+    if sealed is False or (sealed is None and tree["format"] > 1):
+        raise DamagedFile(
+            f"{path} is not as it was written: its checksum does not fit. "
+            f"`dml index repair {path.parent}` writes it again as the catalogue remembers it."
+        )
     try:
-        return Manifest(**tree)
+        return Manifest(**{key: value for key, value in tree.items() if key != CHECKSUM})
     except TypeError as error:
         raise DamagedFile(f"{path} is not the manifest of a collection: {error}") from None

@@ -77,7 +77,6 @@ class Background:
         name: of the thread.
         due: whether there is something to do; it must not wait for anything.
         work: does it; is given a function that says whether to stop, and may raise `Stopped` then.
-        pause: seconds until the first new try.
     """
 
     def __init__(
@@ -86,9 +85,8 @@ class Background:
         *,
         due: Callable[[], bool],
         work: Callable[[Callable[[], bool]], object],
-        pause: float = FIRST_PAUSE,
     ) -> None:
-        self.name, self._due, self._work, self._first_pause = name, due, work, pause
+        self.name, self._due, self._work = name, due, work
         self._lock = threading.Lock()
         self._closing = False
         self._pauses = 0
@@ -162,7 +160,7 @@ class Background:
             return True
 
     def _try_later(self, why: str) -> None:
-        pause = min(LONGEST_PAUSE, self._first_pause * 2**self._failures)
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._failures)
         self._failures += 1
         log.warning("%s failed, and is tried again in %.0f s; nothing has changed. %s", self.name, pause, why)
         with self._lock:

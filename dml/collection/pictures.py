@@ -44,8 +44,11 @@ class Pictures:
                 file.write(data)
         return Picture("stored", sha256)
 
-    def refer(self, file: Path) -> Picture:
+    def refer(self, file: Path, sha256: str | None = None) -> Picture:
         """Refer to a file below one of the roots.
+
+        Args:
+            sha256: of its bytes, when it has just been read; None: it is read.
 
         Raises:
             CollectionError: it lies below none of them.
@@ -62,9 +65,8 @@ class Pictures:
                 f"Store the picture instead, or add its folder as a root."
             )
         name, root = max(inside, key=lambda entry: len(entry[1].parts))
-        return Picture(
-            "referenced", digest_of(absolute), path=absolute.relative_to(root).as_posix(), root=name
-        )
+        digest = sha256 or digest_of(absolute)
+        return Picture("referenced", digest, path=absolute.relative_to(root).as_posix(), root=name)
 
     def read(self, picture: Picture, id: str) -> bytes:
         """The bytes, as they were when the item was added.

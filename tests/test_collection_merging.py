@@ -1,0 +1,457 @@
+"""Pending changes are folded into the index beside searches and writes; every answer stays right."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dml.collection import NewItem, create_collection, derive, merging, open_collection
+from dml.collection.generation import Generation, Snapshot
+from dml.collection.merging import Background, is_due, why_build_anew
+from dml.errors import ReadOnly, StorageError, UsageError
+from dml.index.flat import FlatIndex
+
+DIM = 16
+MANY = merging.DUE_ROWS + 200
+
+
+def unit(seed, count, dim=DIM):
+    rows = np.random.default_rng(seed).standard_normal((count, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def items(vectors, start=0):
+    return [NewItem(f"i{start + n}", vector) for n, vector in enumerate(vectors)]
+
+
+def ids_of(result):
+    return [hit.id for hit in result.hits]
+
+
+def nearest(query, model, k):
+    """Brute force over {id: vector}."""
+    scores = {id: float(np.dot(v.astype(float), query.astype(float))) for id, v in model.items()}
+    return sorted(scores, key=lambda id: -scores[id])[:k]
+
+
+@pytest.fixture
+def create(tmp_path, request):
+    def make(name="shop", **options):
+        options = {"dim": DIM, "fingerprint": "f", "merge": "manual", **options}
+        shop = create_collection(tmp_path / name, **options)
+        request.addfinalizer(shop.close)
+        return shop
+
+    return make
+
+
+@pytest.fixture
+def reopen(tmp_path, request):
+    def open_again(name="shop", **options):
+        shop = open_collection(tmp_path / name, **{"merge": "manual", **options})
+        request.addfinalizer(shop.close)
+        return shop
+
+    return open_again
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """(reached, go_on): the filling of an index says that it has begun, and waits."""
+    reached, go_on = threading.Event(), threading.Event()
+    original = derive.fill
+
+    def slow(*args, **kwargs):
+        reached.set()
+        assert go_on.wait(20)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(derive, "fill", slow)
+    yield reached, go_on
+    go_on.set()
+
+
+# What a merge makes
+
+
+@pytest.mark.parametrize("kind", ["flat", "faiss_flat", "hnsw", "ivf"])
+def test_a_merge_adds_to_the_index_and_every_answer_stays_right(kind, create, reopen):
+    if kind != "flat":
+        pytest.importorskip("faiss")
+    shop = create(index=kind)
+    vectors = unit(0, 700)
+    shop.add(items(vectors[:500]))
+    shop.build_index()
+    shop.add(items(vectors[500:], start=500))
+    shop.add(items(unit(5, 20)))
+    shop.delete([f"i{n}" for n in range(20, 40)])
+    model = {f"i{n}": v for n, v in enumerate(vectors)} | {f"i{n}": v for n, v in enumerate(unit(5, 20))}
+    model = {name: v for name, v in model.items() if not 20 <= int(name[1:]) < 40}
+    built = shop.merge()
+    assert (built["kind"], built["count"], built["built_over"]) == (kind, 680, 500)
+    assert shop.info().pending == 0
+    shop.add(items(unit(6, 3), start=900))
+    model |= {f"i{900 + n}": v for n, v in enumerate(unit(6, 3))}
+    shop.close()
+    for again in (reopen(), reopen(read_only=True)):
+        assert again.info().pending == 3
+        assert len(again) == 683
+        for query in unit(9, 10):
+            assert ids_of(again.search(query[None], exact=True)[0]) == nearest(query, model, 10)
+            assert set(ids_of(again.search(query[None], effort=500)[0])) == set(nearest(query, model, 10))
+        assert again.verify() == []
+
+
+def test_a_merge_without_changes_does_nothing(create, tmp_path):
+    shop = create()
+    shop.add(items(unit(0, 20)))
+    first = shop.merge()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "shop" / "snapshots").iterdir()}
+    assert shop.merge() == first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "shop" / "snapshots").iterdir()} == before
+
+
+def test_an_index_with_many_removed_rows_is_built_anew(create):
+    pytest.importorskip("faiss")
+    shop = create(index="hnsw")
+    shop.add(items(unit(0, 300)))
+    shop.build_index()
+    shop.delete([f"i{n}" for n in range(30)])
+    assert shop.merge()["built_over"] == 300
+    shop.delete([f"i{n}" for n in range(30, 60)])
+    built = shop.merge()
+    assert (built["built_over"], built["count"]) == (240, 240)
+
+
+def test_an_index_that_learned_from_few_vectors_is_built_anew_when_there_are_many(create):
+    pytest.importorskip("faiss")
+    shop = create(index="ivf", options={"cells": 4})
+    shop.add(items(unit(0, 200)))
+    shop.build_index()
+    shop.add(items(unit(1, 150), start=200))
+    assert shop.merge()["built_over"] == 200
+    shop.add(items(unit(2, 150), start=350))
+    assert shop.merge()["built_over"] == 500
+
+
+def test_why_an_index_is_built_anew(tmp_path):
+    index = FlatIndex(DIM)
+    wanted = {"kind": "flat", "options": {}}
+    state = Generation.of(Snapshot(index, 0, 0), DIM)
+    saved = tmp_path / "saved"
+    saved.touch()
+    assert "no saved index" in str(why_build_anew(state, wanted, saved))
+    index.add(np.arange(10), unit(0, 10))
+    state = Generation.of(Snapshot(index, 10, 9, built_over=10), DIM)
+    assert why_build_anew(state, wanted, saved) is None
+    assert "no saved index" in str(why_build_anew(state, wanted, tmp_path / "gone"))
+    assert "were with flat" in str(why_build_anew(state, {"kind": "hnsw", "options": {}}, saved))
+    none = np.empty((0, DIM), np.float32)
+    fewer = state.changed(13, rows=np.empty(0, np.int64), vectors=none, removed=np.arange(3))
+    assert "3 of its rows are removed" in str(why_build_anew(fewer, wanted, saved))
+
+
+def test_new_items_measure_the_index_that_they_are_merged_into(create):
+    pytest.importorskip("faiss")
+    shop = create(index="ivf", options={"cells": 30, "effort": 1})
+    shop.add(items(unit(0, 2000)))
+    first = shop.build_index()["measured"]
+    shop.add(items(unit(1, 50), start=2000))
+    assert shop.merge()["measured"] == first
+    shop.add(items(unit(2, 200), start=2100))
+    second = shop.merge()["measured"]
+    assert second["queries"] == 200
+    assert second["recall_at_10"] == pytest.approx(first["recall_at_10"], abs=0.1)
+
+
+# When
+
+
+def test_a_merge_is_due_by_the_root_of_the_count():
+    def pending(changes, count):
+        index, delta = FlatIndex(2), FlatIndex(2)
+        for part, rows in ((index, count - changes), (delta, changes)):
+            part.rows.append(np.arange(rows) + (count if part is delta else 0))
+        return is_due(Generation(0, Snapshot(index, 0, 0), index, delta))
+
+    assert not pending(1_000, 1_000)
+    assert pending(1_001, 1_001)
+    assert not pending(2_000, 10_000)
+    assert pending(2_001, 10_000)
+    assert not pending(6_300, 100_000)
+    assert pending(6_400, 100_000)
+
+
+def test_a_writer_merges_by_itself_and_a_manual_one_does_not(create):
+    left_alone, shop = create("left alone"), create(merge="auto")
+    for start in range(0, MANY, 100):
+        for each in (left_alone, shop):
+            each.add(items(unit(start, 100), start=start))
+    shop.settle()
+    assert shop.info().pending < 200
+    assert left_alone.info().pending == MANY
+    assert left_alone.wants_merge
+    assert not shop.wants_merge
+    assert len(shop) == len(left_alone) == MANY
+    for query in unit(9, 5):
+        assert ids_of(shop.search(query[None])[0]) == ids_of(left_alone.search(query[None])[0])
+
+
+def test_opening_with_much_pending_merges(create, reopen):
+    shop = create()
+    shop.add(items(unit(0, MANY)))
+    shop.close()
+    again = reopen(merge="auto")
+    again.settle()
+    assert again.info().pending == 0
+
+
+def test_merging_is_a_writer_s_right_and_the_mode_a_word(create, reopen):
+    shop = create()
+    shop.add(items(unit(0, 5)))
+    with pytest.raises(ReadOnly):
+        reopen(read_only=True).merge()
+    shop.close()
+    with pytest.raises(UsageError, match='"auto" or "manual", got \'later\''):
+        reopen(merge="later")
+
+
+# Meanwhile
+
+
+def test_searches_and_writes_go_on_during_a_merge(create, held):
+    shop = create(merge="auto")
+    reached, go_on = held
+    vectors = unit(0, MANY + 20)
+    shop.add(items(vectors[:MANY]))
+    assert reached.wait(20)
+    shop.add(items(vectors[MANY:], start=MANY))
+    shop.delete(["i0"])
+    assert ids_of(shop.search(vectors[MANY + 3 :][:1], limit=1)[0]) == [f"i{MANY + 3}"]
+    go_on.set()
+    shop.settle()
+    assert shop.info().pending == 20 + 1
+    assert len(shop) == MANY + 19
+    assert "i0" not in ids_of(shop.search(vectors[:1], limit=5)[0])
+
+
+def test_closing_gives_a_merge_up_and_loses_nothing(create, reopen, held):
+    shop = create(merge="auto")
+    reached, go_on = held
+    shop.add(items(unit(0, MANY)))
+    assert reached.wait(20)
+    closing = threading.Thread(target=shop.close)
+    closing.start()
+    time.sleep(0.05)
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert not any(thread.name == "merging" for thread in threading.enumerate())
+    again = reopen()
+    assert len(again) == again.info().pending == MANY
+    assert again.manifest.built == {}
+
+
+def test_a_build_takes_the_place_of_a_merge_that_is_under_way(create, held):
+    shop = create(merge="auto")
+    reached, go_on = held
+    shop.add(items(unit(0, MANY)))
+    assert reached.wait(20)
+    builder = threading.Thread(target=shop.build_index)
+    builder.start()
+    go_on.set()
+    builder.join(20)
+    shop.settle()
+    assert shop.info().pending == 0
+    assert shop.manifest.built["count"] == MANY
+
+
+def test_a_reader_takes_up_the_merged_index_and_keeps_answering(create, reopen):
+    shop = create()
+    vectors = unit(0, 2 * MANY)
+    shop.add(items(vectors[:MANY]))
+    shop.build_index()
+    reader = reopen(read_only=True)
+    shop.add(items(vectors[MANY:], start=MANY))
+    assert len(reader) == 2 * MANY
+    assert reader.info().pending == MANY
+    shop.merge()
+    shop.delete(["i1"])
+    assert ids_of(reader.search(vectors[-1:], limit=1)[0]) == [f"i{2 * MANY - 1}"]
+    reader.settle()
+    assert reader.info().pending == 1
+    assert reader.generation == shop.generation
+    assert len(reader) == 2 * MANY - 1
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_every_answer_is_the_brute_force_of_its_generation_while_merges_run(create, reopen, kind, scale):
+    if kind == "hnsw":
+        pytest.importorskip("faiss")
+    shop = create(index=kind)
+    rng = np.random.default_rng(7)
+    pool = unit(3, 600)
+    shop.add(items(pool[:300]))
+    shop.build_index()
+    model = {f"i{n}": pool[n] for n in range(300)}
+    history = {shop.generation: dict(model)}
+    watched = [shop, reopen(read_only=True)]
+    queries = unit(8, 3)
+    answers, trouble, done = [], [], threading.Event()
+
+    def search(there):
+        try:
+            while not done.is_set():
+                answers.extend(zip(queries, there.search(queries, limit=5, exact=True), strict=True))
+        except Exception as error:
+            trouble.append(error)
+
+    def merge():
+        try:
+            while not done.is_set():
+                shop.merge()
+        except Exception as error:
+            trouble.append(error)
+
+    threads = [threading.Thread(target=search, args=(there,)) for there in watched]
+    threads.append(threading.Thread(target=merge))
+    for thread in threads:
+        thread.start()
+    for _ in range(60 * scale):
+        names = [f"i{n}" for n in rng.integers(0, 400, 4)]
+        if rng.random() < 0.6:
+            rows = pool[rng.integers(0, 600, 4)]
+            shop.add([NewItem(name, row) for name, row in zip(names, rows, strict=True)])
+            model.update(zip(names, rows, strict=True))
+        else:
+            shop.delete(names)
+            for name in names:
+                model.pop(name, None)
+        history[shop.generation] = dict(model)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not trouble
+    assert len({result.generation for _, result in answers}) > 3
+    for query, result in answers:
+        then = history[result.generation]
+        scores = sorted(
+            (float(np.dot(v.astype(float), query.astype(float))) for v in then.values()), reverse=True
+        )
+        assert [hit.score for hit in result.hits] == pytest.approx(scores[:5], abs=1e-6)
+        for hit in result.hits:
+            assert hit.score == pytest.approx(
+                float(np.dot(then[hit.id].astype(float), query.astype(float))), abs=1e-6
+            )
+
+
+# Failures
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits on the size of files are POSIX")
+def test_a_merge_on_a_full_disk_leaves_everything_and_is_tried_again(create, reopen, tmp_path):
+    shop = create()
+    vectors = unit(0, 2 * MANY)
+    shop.add(items(vectors[:MANY]))
+    shop.build_index()
+    shop.close()
+    script = f"""
+import logging, resource, signal, sys, time
+import numpy as np
+from pathlib import Path
+from dml.collection import NewItem, merging, open_collection
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
+merging.FIRST_PAUSE = 0.2
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+shop = open_collection({str(tmp_path / "shop")!r}, merge="manual")
+vectors = np.load({str(tmp_path / "vectors.npy")!r})
+shop.add([NewItem(f"i{{n}}", vectors[n]) for n in range({MANY}, {2 * MANY})])
+shop.close()
+size = max(p.stat().st_size for p in Path({str(tmp_path / "shop" / "snapshots")!r}).iterdir())
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, resource.RLIM_INFINITY))
+shop = open_collection({str(tmp_path / "shop")!r})
+shop.settle()
+print("pending", shop.info().pending, len(shop), shop.search(vectors[:1], limit=1)[0].hits[0].id)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for _ in range(200):
+    if not shop.info().pending:
+        break
+    time.sleep(0.05)
+print("pending", shop.info().pending, len(shop), shop.search(vectors[:1], limit=1)[0].hits[0].id)
+shop.close()
+"""
+    np.save(tmp_path / "vectors.npy", vectors)
+    before = {p.name for p in (tmp_path / "shop" / "snapshots").iterdir()}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith(("WARNING", "pending"))]
+    assert "merging failed, and is tried again in" in said[0]
+    assert "nothing has changed" in said[0]
+    assert f"pending {MANY} {2 * MANY} i0" in said
+    assert said[-1] == f"pending 0 {2 * MANY} i0"
+    assert before < {p.name for p in (tmp_path / "shop" / "snapshots").iterdir()}
+    assert reopen().verify() == []
+
+
+def test_failures_are_tried_again_with_growing_pauses(caplog, monkeypatch):
+    monkeypatch.setattr(merging, "FIRST_PAUSE", 0.05)
+    tries, fixed = [], threading.Event()
+
+    def work(stop):
+        tries.append(time.monotonic())
+        if len(tries) < 4:
+            raise StorageError("the disk is full")
+        fixed.set()
+
+    job = Background("sweeping", due=lambda: not fixed.is_set(), work=work)
+    with caplog.at_level(logging.WARNING):
+        job.wake()
+        job.wake()
+        assert fixed.wait(20)
+    job.close()
+    pauses = np.diff(tries)
+    assert (pauses >= [0.05, 0.1, 0.2]).all()
+    assert caplog.text.count("sweeping failed, and is tried again in") == 3
+
+
+def test_a_fault_of_ours_is_logged_with_its_traceback_and_does_not_end_the_process(caplog):
+    done = threading.Event()
+
+    def work(stop):
+        done.set()
+        raise ZeroDivisionError("oh")
+
+    job = Background("dividing", due=lambda: True, work=work)
+    job.wake()
+    job.wait()
+    job.close()
+    assert done.is_set()
+    assert "Traceback" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_work_stops_when_it_is_asked_to(caplog):
+    started = threading.Event()
+
+    def work(stop):
+        started.set()
+        while not stop():
+            time.sleep(0.001)
+        raise derive.Stopped
+
+    job = Background("waiting", due=lambda: True, work=work)
+    job.wake()
+    assert started.wait(20)
+    with job.paused():
+        job.wake()
+        started.clear()
+        assert not started.wait(0.05)
+    assert started.wait(20)
+    job.close()
+    assert not caplog.text
