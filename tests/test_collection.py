@@ -1001,7 +1001,7 @@ def test_thumbnails_are_small_upright_jpegs_without_metadata(create, tmp_path, d
         assert image.size == (32, 64)
         assert not image.getexif()
     [cached] = (tmp_path / "shop" / "thumbnails").glob("*/*.jpg")
-    assert cached.read_bytes() == small == shop.thumbnail("a", 64)
+    assert cached.read_bytes()[:-32] == small == shop.thumbnail("a", 64)
     shutil.rmtree(tmp_path / "shop" / "thumbnails")
     assert shop.thumbnail("a", 64) == small
     with Image.open(BytesIO(shop.thumbnail("a", 1000))) as image:

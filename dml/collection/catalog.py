@@ -296,33 +296,6 @@ class Catalog:
 
     # Reading
 
-    def check(self) -> list[str]:
-        """Problems found by reading everything: SQLite's own check, checksums, rows without partner."""
-        problems: list[str] = []
-        try:
-            with self.reading() as db:
-                problems += [
-                    f"{self.path.name}: {text}"
-                    for (text,) in db.execute("PRAGMA integrity_check")
-                    if text != "ok"
-                ]
-                for row in db.execute(f"SELECT {ITEM_COLUMNS}, crc FROM items"):
-                    if item_crc(row[:-1]) != row[-1]:
-                        problems.append(
-                            f'{self.path.name}: the entry of item "{row[1]}" does not fit its checksum'
-                        )
-                query = "SELECT items.id, vector, vectors.crc FROM items LEFT JOIN vectors USING (row)"
-                for id, blob, crc in db.execute(query):
-                    if blob is None:
-                        problems.append(f'{self.path.name}: item "{id}" has no vector')
-                    elif zlib.crc32(blob) != crc or len(blob) != 4 * self.dim:
-                        problems.append(
-                            f'{self.path.name}: the vector of item "{id}" does not fit its checksum'
-                        )
-        except (DamagedFile, StorageError) as error:
-            problems.append(str(error))
-        return problems
-
 
 # One statement each, inside somebody's transaction
 
@@ -463,7 +436,12 @@ def without_items(db: sqlite3.Connection, pictures: Iterable[str | None]) -> lis
 def item_of(row: Row) -> Item:
     _, id, sequence, payload, kind, sha256, path, root = row
     picture = None if kind is None else Picture(kind, sha256, path, root)
-    return Item(id, json.loads(payload), sequence, picture)
+    try:
+        return Item(id, json.loads(payload), sequence, picture)
+    except ValueError as error:
+        raise DamagedFile(
+            f'the payload of item "{id}" cannot be read: {error}; run `dml index repair`'
+        ) from None
 
 
 def item_crc(row: Row) -> int:
@@ -557,8 +535,10 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise DamagedFile(f"{path} is damaged: {error}. Restore it from a backup.") from error
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "decode to UTF-8" in str(error):
+            raise DamagedFile(
+                f"{path} is damaged: {error}. `dml index repair` saves what can be read; or restore a backup."
+            ) from error
         if code in (
             sqlite3.SQLITE_FULL,
             sqlite3.SQLITE_IOERR,

@@ -1,59 +1,110 @@
 """Looking after a collection: is everything in it what was written?"""
 
-import json
 from pathlib import Path
 
+from dml.checksums import seal_fits
 from dml.collection import catalog as sql
+from dml.collection.audit import check_catalog
 from dml.collection.catalog import Catalog
+from dml.collection.manifest import read_manifest
 from dml.collection.pictures import Pictures
 from dml.collection.snapshots import Snapshots
-from dml.errors import DamagedFile, StorageError
+from dml.encoder.manifest import MANIFEST as ENCODER_MANIFEST
+from dml.encoder.manifest import read_manifest as read_encoder_manifest
+from dml.encoder.manifest import verify_file
+from dml.errors import DamagedFile, EncoderError, StorageError, UnknownCollection
 
 
 def check(
+    folder: Path,
+    *,
     catalog: Catalog,
     snapshots: Snapshots,
     pictures: Pictures,
-    *,
     searched: int,
-    encoder: Path | None,
     fingerprint: str,
 ) -> list[str]:
-    """Read everything and compare it with its checksums: catalogue, snapshots, pictures, encoder.
+    """Read everything and compare it with its checksums.
+
+    Not compared is what says nothing: `writer.lock`, SQLite's shared memory (`-shm`), which is made anew, and
+    catalogues of older formats that a migration left.
 
     Args:
+        folder: of the collection.
         searched: how many items a search is among.
-        encoder: the folder of the encoder, when the collection has one.
         fingerprint: that the encoder must have.
 
     Returns:
         One sentence per problem; an empty list when all is well.
     """
-    problems = [*catalog.check(), *snapshots.check()]
+    problems = [*check_manifest(folder), *check_catalog(catalog)]
     try:
         with catalog.reading() as db:
-            used = list(sql.all_pictures(db))
-            count = sql.count_items(db)
+            sequence, count = sql.read_state(db)[0], sql.count_items(db)
+        problems += snapshots.check(sequence)
+        if count != searched:
+            problems.append(f"the index holds {searched} items and the catalogue {count}")
+        problems += check_pictures(catalog, pictures)
     except (DamagedFile, StorageError) as error:
-        return [*problems, str(error)]
-    checked: dict[tuple[str, str | None, str | None], str | None] = {}
+        problems.append(str(error))
+    return [*dict.fromkeys(problems), *check_encoder(folder / "encoder", fingerprint)]
+
+
+def check_manifest(folder: Path) -> list[str]:
+    try:
+        read_manifest(folder)
+    except (DamagedFile, UnknownCollection) as error:
+        return [str(error)]
+    return []
+
+
+def check_pictures(catalog: Catalog, pictures: Pictures) -> list[str]:
+    """Pictures that are missing or not what they were, and thumbnails that are not."""
+    problems = []
+    misfits = set(pictures.misfits())
+    checked: set[tuple[str, str | None, str | None]] = set()
+    with catalog.reading() as db:
+        used = list(sql.all_pictures(db))
     for id, picture in used:
         key = (picture.sha256, picture.root, picture.path)
         if key not in checked:
-            checked[key] = pictures.damaged(picture, id)
-            if checked[key]:
-                problems.append(str(checked[key]))
-    if count != searched:
-        problems.append(f"the index holds {searched} items and the catalogue {count}")
-    return [*problems, *(check_encoder(encoder, fingerprint) if encoder else [])]
+            checked.add(key)
+            problem = pictures.damaged(picture, id)
+            problems += [problem] if problem else []
+    known = {sha256 for sha256, _, _ in checked}
+    problems += [
+        f"{path} is not the picture of its name, and no item uses it"
+        for path in sorted(misfits)
+        if path.name not in known
+    ]
+    problems += [
+        f"{path} is not the thumbnail that was written; it is made again when it is asked for"
+        for path in pictures.spoilt_thumbnails()
+    ]
+    return problems
 
 
 def check_encoder(folder: Path, fingerprint: str) -> list[str]:
-    """What is wrong with the encoder that lies in the collection."""
+    """What is wrong with the encoder that lies in the collection, if there is one."""
+    if not folder.is_dir():
+        return []
+    problems = []
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("fingerprint")
-    except (OSError, ValueError, AttributeError) as error:
-        return [f"{folder / 'manifest.json'} cannot be read: {error}"]
-    if found != fingerprint:
-        return [f"the encoder in {folder} is {found}, and the collection was made by {fingerprint}"]
-    return []
+        if seal_fits((folder / ENCODER_MANIFEST).read_bytes()) is False:
+            problems.append(
+                f"{folder / ENCODER_MANIFEST} is not as it was written: its checksum does not fit"
+            )
+        manifest = read_encoder_manifest(folder)
+        if manifest.fingerprint != fingerprint:
+            problems.append(
+                f"the encoder in {folder} is {manifest.fingerprint}, and the collection was made by "
+                f"{fingerprint}"
+            )
+    except (EncoderError, OSError) as error:
+        return [*problems, str(error)]
+    for name in manifest.files:
+        try:
+            verify_file(manifest, name)
+        except EncoderError as error:
+            problems.append(str(error))
+    return problems

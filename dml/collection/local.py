@@ -659,11 +659,11 @@ class LocalCollection:
             One sentence per problem; an empty list when all is well.
         """
         return check(
-            self._catalog,
-            self._snapshots,
-            self._pictures,
-            searched=len(self),
-            encoder=self.encoder_path,
+            self.path,
+            catalog=self._catalog,
+            snapshots=self._snapshots,
+            pictures=self._pictures,
+            searched=len(self._state),
             fingerprint=self.fingerprint,
         )
 

@@ -12,6 +12,7 @@ from dml.storage import ASIDE, flush_to_disk, opened_aside, storage_errors
 
 THUMBNAIL_QUALITY = 85
 LARGEST_THUMBNAIL = 2048  # pixels
+DIGEST = 32  # bytes of a sha256
 
 
 class Pictures:
@@ -20,7 +21,7 @@ class Pictures:
     ::
 
         images/<first two of sha256>/<sha256>         the bytes as they came; flushed before their item is
-        thumbnails/<first two>/<sha256>-<size>.jpg    a cache; may be deleted at any time
+        thumbnails/<first two>/<sha256>-<size>.jpg    a cache, with a sha256 behind the last byte of each JPEG
 
     Args:
         folder: of the collection.
@@ -111,6 +112,21 @@ class Pictures:
             except OSError:
                 continue
 
+    def misfits(self) -> list[Path]:
+        """Stored pictures, used or not, whose bytes are not those of their name."""
+        return [path for path in sorted(self.images.glob("??/*")) if not self._fits(path)]
+
+    @staticmethod
+    def _fits(path: Path) -> bool:
+        try:
+            return path.name.endswith(ASIDE) or digest_of(path) == path.name
+        except ImageNotKept:
+            return False
+
+    def spoilt_thumbnails(self) -> list[Path]:
+        """Thumbnails that are not as they were written."""
+        return [path for path in sorted(self.thumbnails.glob("??/*.jpg")) if read_thumbnail(path) is None]
+
     def stored(self) -> set[str]:
         """sha256 of all pictures that are stored, used or not."""
         return {path.name for path in self.images.glob("??/*") if not path.name.endswith(ASIDE)}
@@ -138,22 +154,30 @@ class Pictures:
         if not 16 <= size <= LARGEST_THUMBNAIL:
             raise ValueError(f"size must be between 16 and {LARGEST_THUMBNAIL} pixels, got {size}")
         cached = self.thumbnails / picture.sha256[:2] / f"{picture.sha256}-{size}.jpg"
-        try:
-            return cached.read_bytes()
-        except OSError:
-            pass
+        if (kept := read_thumbnail(cached)) is not None:
+            return kept
         data = shrink(self.read(picture, id), size)
         if not self.read_only:
             try:
                 make_folder(cached.parent)
                 with opened_aside(cached, tidy=False) as file:
-                    file.write(data)
+                    file.write(data + hashlib.sha256(data).digest())
             except StorageError:
                 pass  # a cache: the picture is answered all the same
         return data
 
     def _stored(self, sha256: str) -> Path:
         return self.images / sha256[:2] / sha256
+
+
+def read_thumbnail(path: Path) -> bytes | None:
+    """The JPEG in a file of the cache; None when it is not there, or not as it was written."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    data, digest = kept[:-DIGEST], kept[-DIGEST:]
+    return data if hashlib.sha256(data).digest() == digest else None
 
 
 def shrink(data: bytes, size: int) -> bytes:

@@ -123,14 +123,19 @@ class Snapshots:
             leftover.unlink(missing_ok=True)
         return int(paths[KEPT - 1].stem) if len(paths) >= KEPT else None
 
-    def check(self) -> list[str]:
-        """One sentence for each that does not fit its checksums."""
+    def check(self, sequence: int) -> list[str]:
+        """One sentence for each that does not fit its checksums, or knows changes after `sequence`."""
         problems = []
         for path in self.paths():
             try:
-                check_index_file(path)
+                last = check_index_file(path).note.get("sequence", 0)
             except DamagedFile as error:
                 problems.append(str(error))
+                continue
+            if last > sequence:
+                problems.append(
+                    f"{path} knows changes up to {last}, and the catalogue up to {sequence}: it has lost some"
+                )
         return problems
 
 

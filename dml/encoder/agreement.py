@@ -13,7 +13,6 @@ is the same answer. That is what a search feels: the collection was embedded wit
 another.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dml.checksums import seal
 from dml.data.table import ImageTable, Record, open_table
 from dml.encoder.encoder import Encoder
 from dml.encoder.manifest import MANIFEST, find_encoder, read_manifest
@@ -151,5 +151,4 @@ def store(folder: Path, measured: Iterable[ProfileAgreement]) -> None:
     pairs = {frozenset(agreement.profiles): agreement for agreement in stored_agreements(tree)}
     pairs |= {frozenset(agreement.profiles): agreement for agreement in measured}
     tree["profiles"] = [agreement.as_json() for agreement in pairs.values()]
-    text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
-    write_aside(folder / MANIFEST, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_aside(folder / MANIFEST, lambda aside: aside.write_bytes(seal(tree)))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dml import __version__
+from dml.checksums import seal
 from dml.config import ModelConfig
 from dml.encoder.encoder import Encoder, choose_runtime, open_runtime, upright
 from dml.encoder.manifest import (
@@ -132,8 +133,7 @@ def write_folder(
             )
             for file in sorted(folder.glob(f"{ONNX}*")):
                 tree["files"][file.name] = describe_file(file)
-        text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        (folder / MANIFEST).write_bytes(seal(tree))
         readable = (folder / MANIFEST).stat().st_mode
         (folder / WEIGHTS).chmod(readable)  # safetensors makes it private; a service runs as another user
     return Encoder.load(out, runtime="onnx" if onnx else "torch", device="cpu")
