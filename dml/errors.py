@@ -7,7 +7,8 @@
     │   ├── ConfigError                   a recipe, a setting or a name in one
     │   └── MissingExtra                  an optional engine is not installed; names the install command
     ├── DataError                exit 3   labelled data that cannot be used
-    │   └── TooManyBadImages              more unreadable pictures than the caller allows
+    │   ├── TooManyBadImages              more unreadable pictures than the caller allows
+    │   └── TooManyRemovals               more items would be deleted than the caller allows
     ├── InvalidImage             exit 3   bytes that are not a picture we can use
     │   ├── UnsupportedImage              a format that is not read here
     │   └── ImageTooLarge                 more bytes or pixels than allowed (a decompression bomb)
@@ -19,7 +20,7 @@
     │   ├── UnknownCollection
     │   ├── UnknownItem
     │   ├── ImageNotKept                  the item has no picture
-    │   ├── ModelMismatch                 made by an encoder of another fingerprint
+    │   ├── ModelMismatch                 made by another encoder, or a profile that does not agree
     │   ├── FilterInvalid                 names the condition by its JSON Pointer
     │   ├── CursorInvalid                 not given out here, or for another search
     │   ├── CursorExpired
@@ -59,6 +60,10 @@ class DataError(DmlError):
 
 
 class TooManyBadImages(DataError):
+    pass
+
+
+class TooManyRemovals(DataError):
     pass
 
 

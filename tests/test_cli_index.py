@@ -241,7 +241,7 @@ def test_file_names_that_can_be_no_id_are_skipped_and_listed(pictures, encoder, 
 def test_columns_that_json_cannot_hold_are_written_as_text_or_left_out(pictures, encoder, tmp_path):
     import datetime
 
-    from dml.collection.build import payload_of
+    from dml.collection.supply import payload_of
     from dml.data.table import Record
 
     columns = {"day": datetime.date(2024, 5, 1), "price": float("nan"), "tags": ("a", float("inf")), "n": 3}
@@ -362,7 +362,12 @@ def test_a_failure_on_the_way_leaves_out_as_it_was(pictures, shop, encoder, monk
         build_collection(pictures, shop.parent / "new", encoder=encoder)
     monkeypatch.undo()
     assert files_below(shop) == before
-    assert sorted(p.name for p in shop.parent.iterdir()) == ["pictures", "shop"]
+    left = [".new.building", ".shop.building", "pictures", "shop"]
+    assert sorted(p.name for p in shop.parent.iterdir()) == left  # what was embedded is not embedded again
+    for out in (shop, shop.parent / "new"):
+        report = build_collection(pictures, out, encoder=encoder, overwrite=True)
+        assert (report.added, report.resumed) == (0, 48)
+    assert sorted(p.name for p in shop.parent.iterdir()) == ["new", "pictures", "shop"]
 
 
 def test_what_a_killed_build_left_is_cleared_by_the_next(pictures, tmp_path, encoder):

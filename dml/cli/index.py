@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from dml.collection.build import Progress, Report
+    from dml.collection.build import Progress, Report, Settings
+    from dml.collection.local import LocalCollection
+    from dml.collection.sync import SyncReport
     from dml.encoder import Encoder
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Build, change and check collections of pictures."
 )
 
-BAD_SHOWN = 10
+LISTED = 10
+"""Lines of a kind that are shown; --json has all."""
 
 CollectionFolder = Annotated[Path, typer.Argument(metavar="COLLECTION", help="Folder of a collection.")]
 IndexKind = Annotated[str, typer.Option("--index", help="auto, flat, faiss_flat, hnsw or ivf.")]
@@ -30,7 +33,22 @@ Store = Annotated[
     bool, typer.Option("--store", help="Keep copies of the pictures; else they are used where they lie.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch", min=1, help="Pictures embedded at once.")]
-Workers = Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads that decode, and on a CPU embed. Default: one per core."),
+]
+ProfileName = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        help="Decoder, runtime and precision, as fused/openvino-bf16. Default: that of the collection, or "
+        "pillow and float32.",
+    ),
+]
+WhatOfDuplicates = Annotated[
+    str,
+    typer.Option("--duplicates", help="Files of equal bytes: keep every item, or skip all but the first."),
+]
 MaxBadShare = Annotated[
     float,
     typer.Option(
@@ -59,19 +77,24 @@ def build(
         str | None, typer.Option(help="Name of the collection. Default: that of its folder.")
     ] = None,
     measure: Annotated[bool, typer.Option(help="Measure the recall of an approximate index.")] = True,
+    profile: ProfileName = None,
+    duplicates: WhatOfDuplicates = "keep",
+    resume: Annotated[
+        bool, typer.Option(help="Go on with what an interrupted build has left, or begin anew.")
+    ] = True,
     batch: BatchSize = 64,
-    workers: Workers = 2,
+    workers: Workers = None,
     max_bad_share: MaxBadShare = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Embed pictures and make them searchable.
+    """Embed pictures and make them searchable; the same command goes on after an interruption.
 
     dml index build photos/ --encoder runs/shoes --out shoes.collection
 
     A collection of the same encoder that is already at --out gets the items added.
     """
     from dml.collection import is_collection
-    from dml.collection.build import Settings, build_collection
+    from dml.collection.build import build_collection
     from dml.collection.place import recover
 
     recover(out)
@@ -82,15 +105,17 @@ def build(
         report = build_collection(
             source,
             out,
-            encoder=load_encoder(encoder, device),
+            encoder=load_encoder(encoder, device, profile=profile),
             name=name,
             kind=index,
             options=read_options(option),
             device=device,
             overwrite=overwrite,
             measure=measure,
-            settings=Settings(store=store, batch_size=batch, workers=workers, max_bad_share=max_bad_share),
+            settings=read_settings(store, batch, workers, max_bad_share, duplicates),
             progress=progress,
+            resume=resume,
+            announce=lambda line: typer.echo(line, err=True),
         )
     show_report(report, as_json=as_json)
 
@@ -111,8 +136,10 @@ def add(
             help="Build the index anew, or leave it. Default: merge into it when enough has changed.",
         ),
     ] = None,
+    profile: ProfileName = None,
+    duplicates: WhatOfDuplicates = "keep",
     batch: BatchSize = 64,
-    workers: Workers = 2,
+    workers: Workers = None,
     max_bad_share: MaxBadShare = 0.05,
     as_json: Json = False,
 ) -> None:
@@ -121,20 +148,16 @@ def add(
     dml index add shoes.collection photos/new
     """
     from dml.collection import open_collection
-    from dml.collection.build import Settings, add_to_collection
+    from dml.collection.build import add_to_collection
 
     with open_collection(collection, device=device, merge="manual") as there:
-        loaded = load_encoder(encoder or there.encoder_path, device)
-        if loaded is not None:
-            there.check_fingerprint(loaded.fingerprint)
+        loaded = encoder_of(there, encoder, device=device, profile=profile)
         with progress_bar("embedding") as progress:
             report = add_to_collection(
                 there,
                 source,
                 encoder=loaded,
-                settings=Settings(
-                    store=store, batch_size=batch, workers=workers, max_bad_share=max_bad_share
-                ),
+                settings=read_settings(store, batch, workers, max_bad_share, duplicates),
                 progress=progress,
             )
         if rebuild:
@@ -142,6 +165,58 @@ def add(
         elif rebuild is None and there.wants_merge:
             report.index = there.merge()
     show_report(report, as_json=as_json)
+
+
+@app.command()
+def sync(
+    collection: CollectionFolder,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FOLDER|MANIFEST]",
+            help="What it is to follow. Default: the folder that it was built from.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what differs, and change nothing.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Also when more than a tenth of the items would be deleted.")
+    ] = False,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Run or encoder folder. Default: the one in the collection.")
+    ] = None,
+    profile: ProfileName = None,
+    device: Device = "auto",
+    store: Store = False,
+    batch: BatchSize = 64,
+    workers: Workers = None,
+    max_bad_share: MaxBadShare = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Follow a folder: add what is new, embed what changed, move what moved, forget what is gone.
+
+    dml index sync shoes.collection --dry-run
+    dml index sync shoes.collection
+
+    Exit codes for cron: 0 done or nothing to do, 1 somebody else writes to the collection, 3 more than a
+    tenth would be deleted, or too many pictures cannot be read.
+    """
+    from dml.collection import open_collection
+    from dml.collection.sync import MOST_REMOVED, sync_collection
+
+    with open_collection(collection, read_only=dry_run, device=device, merge="manual") as there:
+        with progress_bar("embedding") as progress:
+            report = sync_collection(
+                there,
+                source,
+                encoder=None if dry_run else encoder_of(there, encoder, device=device, profile=profile),
+                settings=read_settings(store, batch, workers, max_bad_share, "keep"),
+                dry_run=dry_run,
+                most_removed=1.0 if yes else MOST_REMOVED,
+                progress=progress,
+            )
+        if not dry_run and there.wants_merge:
+            report.imported.index = there.merge()
+    show_sync(report, as_json=as_json)
 
 
 @app.command()
@@ -274,13 +349,41 @@ def root(
 # Parts of the commands
 
 
-def load_encoder(path: Path | None, device: str) -> "Encoder | None":
+def load_encoder(path: Path | None, device: str, *, profile: str | None = None) -> "Encoder | None":
     """The encoder in a run or encoder folder; None for none."""
     if path is None:
         return None
     from dml.encoder import Encoder
 
-    return Encoder.load(path, device=device)
+    return Encoder.load(path, device=device, profile=profile)
+
+
+def encoder_of(
+    there: "LocalCollection", path: Path | None, *, device: str, profile: str | None
+) -> "Encoder | None":
+    """The encoder for a collection that is there: its own or that of a folder; None where it has none."""
+    from dml.collection.encoding import load_encoder_of
+
+    if path is None and there.encoder_path is None:
+        return None
+    encoder = load_encoder_of(there.path, path=path, profile=profile, device=device)
+    there.check_fingerprint(encoder.fingerprint)
+    return encoder
+
+
+def read_settings(
+    store: bool, batch: int, workers: int | None, max_bad_share: float, duplicates: str
+) -> "Settings":
+    """Options of an import. Raises UsageError."""
+    from typing import get_args
+
+    from dml.collection.importing import Duplicates, Settings
+    from dml.errors import UsageError
+
+    for choice in get_args(Duplicates):
+        if choice == duplicates:
+            return Settings(store, batch, workers, max_bad_share, choice)
+    raise UsageError(f'--duplicates is one of {", ".join(get_args(Duplicates))}; got "{duplicates}"')
 
 
 def read_options(given: list[str] | None) -> dict[str, Any]:
@@ -337,35 +440,97 @@ def progress_bar(what: str) -> Iterator["Progress"]:
 
 def show_report(report: "Report", *, as_json: bool) -> None:
     """What an import did: unreadable pictures on stderr, the rest on stdout."""
-    for one in report.bad[:BAD_SHOWN]:
-        typer.echo(f"skipped {one.path}: {one.reason}", err=True)
-    if len(report.bad) > BAD_SHOWN:
-        typer.echo(f"… and {len(report.bad) - BAD_SHOWN} more", err=True)
+    show_bad(report)
     if report.without_picture:
         typer.echo(
             f"{report.without_picture:,} items have a vector only: their pictures were not found", err=True
         )
     if as_json:
+        from dataclasses import asdict
+
         print_json(
             {
                 "collection": str(report.path),
                 "added": report.added,
                 "replaced": report.replaced,
+                "resumed": report.resumed,
+                "duplicates": [one._asdict() for one in report.duplicates],
+                "skipped_duplicates": report.skipped,
                 "without_picture": report.without_picture,
                 "bad": [{"path": one.path, "reason": one.reason} for one in report.bad],
                 "seconds": round(report.seconds, 3),
+                "work_seconds": asdict(report.spent),
                 "index": dict(report.index),
             }
         )
         return
     typer.echo(report.source)
+    resumed = f", {report.resumed:,} were there from an interrupted build" if report.resumed else ""
     skipped = f", {len(report.bad)} unreadable skipped" if report.bad else ""
     typer.echo(
-        f"{report.path}: {report.added:,} added, {report.replaced:,} replaced{skipped}, "
+        f"{report.path}: {report.added:,} added, {report.replaced:,} replaced{resumed}{skipped}, "
         f"{report.images_per_second:,.0f}/s"
     )
+    show_work(report)
     if report.index:
         typer.echo(describe_index(report.index))
+
+
+def show_bad(report: "Report") -> None:
+    """Unreadable pictures, on stderr."""
+    for one in report.bad[:LISTED]:
+        typer.echo(f"skipped {one.path}: {one.reason}", err=True)
+    if len(report.bad) > LISTED:
+        typer.echo(f"… and {len(report.bad) - LISTED} more", err=True)
+
+
+def show_work(report: "Report") -> None:
+    """Duplicates, and where the time went."""
+    if report.duplicates:
+        done = f"{report.skipped:,} of them left out" if report.skipped else "embedded once, all kept"
+        first, count = report.duplicates[0], len(report.duplicates)
+        typer.echo(f"{count:,} files have the bytes of another ({done}), e.g. {first.id} = {first.of}")
+    shares = report.spent.shares()
+    if shares:
+        typer.echo("work: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+
+
+def show_sync(report: "SyncReport", *, as_json: bool) -> None:
+    """What a sync did, or would do."""
+    plan = report.plan
+    if as_json:
+        print_json(
+            {
+                "dry_run": report.dry_run,
+                **{f"{name}_count": count for name, count in plan.counts.items()},
+                "new": [wish.id for wish in plan.new],
+                "changed": [wish.id for wish in plan.changed],
+                "moved": [{"from": item.id, "to": wish.id} for item, wish in plan.moved],
+                "relabelled": [{"id": id, **changes} for id, changes in plan.relabelled],
+                "removed": [item.id for item in plan.removed],
+                "bad": [{"path": one.path, "reason": one.reason} for one in report.imported.bad],
+                "seconds": round(report.imported.seconds, 3),
+            }
+        )
+        return
+    show_bad(report.imported)
+    lists = {
+        "+": [wish.id for wish in plan.new],
+        "*": [wish.id for wish in plan.changed],
+        ">": [f"{item.id} > {wish.id}" for item, wish in plan.moved],
+        "=": [f"{id}: {dict(changes)}" for id, changes in plan.relabelled],
+        "-": [item.id for item in plan.removed],
+    }
+    for sign, lines in lists.items() if report.dry_run else ():
+        for line in lines[:LISTED]:
+            typer.echo(f"{sign} {line}")
+        if len(lines) > LISTED:
+            typer.echo(f"{sign} … and {len(lines) - LISTED:,} more")
+    counts = ", ".join(f"{count:,} {name}" for name, count in plan.counts.items())
+    typer.echo(f"{'would be' if report.dry_run else 'done'}: {counts} ({report.imported.seconds:.1f} s)")
+    show_work(report.imported)
+    if report.imported.index:
+        typer.echo(describe_index(report.imported.index))
 
 
 def describe_index(built: Any) -> str:

@@ -114,9 +114,16 @@ def recover(path: Path) -> None:
 
 def clear(out: Path) -> None:
     """Delete what builds of `out` have left beside it. Raises CollectionLocked for one that still runs."""
-    restore(out)
+    clear_beside(out)
     if (building(out) / LOCK).exists():
         WriterLock(building(out) / LOCK).release()
-    for leftover in (building(out), replaced(out), discarded(out)):
+    if building(out).is_dir():
+        shutil.rmtree(building(out))
+
+
+def clear_beside(out: Path) -> None:
+    """As `clear`, leaving an unfinished collection for the build that goes on with it."""
+    restore(out)
+    for leftover in (replaced(out), discarded(out)):
         if leftover.is_dir():
             shutil.rmtree(leftover)

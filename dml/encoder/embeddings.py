@@ -141,6 +141,7 @@ def describe(encoder: Encoder, table: ImageTable, format: Format) -> dict[str, A
         "complete": False,
         "stored_as": format,
         "fingerprint": encoder.fingerprint,
+        "profile": str(encoder.profile),
         "dim": encoder.dim,
         "metric": "cosine",
         "encoder": str(encoder.path.resolve()),
@@ -205,6 +206,11 @@ def prepare(out: Path, manifest: Mapping[str, Any]) -> bool:
             f"{out} holds vectors of the encoder {state['fingerprint'][:12]}…, and this one is "
             f"{manifest['fingerprint'][:12]}…. Vectors of two encoders cannot be mixed: give another --out, "
             f"or start anew with --no-resume."
+        )
+    if state.get("profile", manifest["profile"]) != manifest["profile"]:
+        raise ModelMismatch(
+            f"{out} was begun with the profile {state['profile']}, not {manifest['profile']}. Go on with "
+            f"--profile {state['profile']}, give another --out, or start anew with --no-resume."
         )
     if state["listing"] != manifest["listing"]:
         raise UsageError(
