@@ -33,6 +33,8 @@ class Manifest:
     """name -> absolute path of a folder with referenced pictures."""
     encoder: Mapping[str, Any] = field(default_factory=dict)
     """About the encoder, for people."""
+    backend: Mapping[str, Any] = field(default_factory=dict)
+    """{} for a collection in this folder, or what keeps it: {"kind": "milvus", "uri": …, "collection": …}."""
     format: int = FORMAT
 
     def with_(self, **changes: Any) -> "Manifest":
