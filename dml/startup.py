@@ -14,7 +14,17 @@ DEFAULTS = {
 }
 
 
+_prepared = False
+
+
 def prepare_process() -> None:
     """Set the defaults above where the user has not."""
+    global _prepared
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    _prepared = True
+
+
+def is_prepared() -> bool:
+    """Whether this process is one of our own commands, which may be tuned as a whole."""
+    return _prepared

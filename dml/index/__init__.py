@@ -12,8 +12,10 @@ from dml.registry import parameter_names, resolve
 KINDS: Mapping[str, str] = {
     "flat": "dml.index.flat:FlatIndex",
     "faiss_flat": "dml.index.faiss_index:FaissFlatIndex",
-    "hnsw": "dml.index.faiss_index:FaissHnswIndex",
-    "ivf": "dml.index.faiss_index:FaissIvfIndex",
+    "hnsw": "dml.index.faiss_graph:FaissHnswIndex",
+    "ivf": "dml.index.faiss_cells:FaissIvfIndex",
+    "pq": "dml.index.faiss_cells:FaissPqIndex",
+    "rabitq": "dml.index.faiss_cells:FaissRabitqIndex",
 }
 """Name -> class. A class takes (dim, *, device="auto", **options) and has `load(path, *, device)`."""
 
@@ -21,7 +23,9 @@ DESCRIPTIONS: Mapping[str, str] = {
     "flat": "exact, numpy only; the reference that the others are tested against",
     "faiss_flat": "exact, faiss on CPU or GPU",
     "hnsw": "approximate, a neighbour graph; the usual choice from tens of thousands of vectors on (CPU)",
-    "ivf": "approximate, vectors grouped into cells; quick to build, CPU or GPU",
+    "ivf": "approximate, vectors grouped into cells, whole or as codes; quick to build, CPU or GPU",
+    "pq": "approximate, every vector compared as a short code; small, quick to build (CPU)",
+    "rabitq": "approximate, every vector compared by its signs; the quickest to build (CPU)",
 }
 
 LARGEST_OPTION = 2**31 - 1

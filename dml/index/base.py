@@ -6,9 +6,11 @@
 - Parameters of a search travel with the call. An index has no search state to set.
 - A search returns min(k, how many may be returned) results: an approximate index may miss a true neighbour,
   but it never comes back with fewer results than there are.
-- Scores are the float32 nearest to the true inner product, whichever engine found the candidates and however
-  many queries came at once; so equal vectors have equal scores everywhere, and results can be compared
-  between backends.
+- Scores are the float32 nearest to the true inner product of the query with the vector **as it is kept**,
+  whichever engine found the candidates and however many queries came at once; so equal vectors have equal
+  scores everywhere in an index. Kept whole (`precision` float32, what every kind does unless told otherwise,
+  but pq and rabitq), that is the vector itself, and results can be compared between backends to the last
+  digit. In fewer bits (see `kept.py`) it is the nearest vector that these bits can say.
 - One thread may write (add, remove) while nobody searches; any number of threads may search at once.
   `without` gives a changed view and leaves the original as it is: searches under way are not disturbed.
 """
@@ -41,12 +43,20 @@ class VectorIndex(Protocol):
     """Vectors in, nearest ids out. Backends differ in speed, memory and exactness, never in meaning."""
 
     kind: str
-    """The name in `dml.index.KINDS`: "flat", "faiss_flat", "hnsw", "ivf"."""
+    """The name in `dml.index.KINDS`: "flat", "faiss_flat", "hnsw", "ivf", …"""
     dim: int
-    exact: bool
-    """Whether a search always returns the true neighbours."""
     learns: bool
     """Whether `prepare` makes use of a sample."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether a search always returns the true neighbours, of whole vectors."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the vectors, what is built of them, and their ids take."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """Kind, device and settings, for people and for manifests."""
@@ -94,11 +104,19 @@ class VectorIndex(Protocol):
         Args:
             effort: how hard to look (HNSW: efSearch, IVF: nprobe); None: the index's own default.
             allowed: only these ids may be returned.
-            exact: return the true neighbours, however long it takes.
+            exact: return the true neighbours among the vectors as they are kept, however long it takes.
 
         Raises:
             VectorError, DimensionMismatch: for queries that are not finite unit vectors of `dim` numbers.
             ValueError: for k or effort below 1.
+        """
+        ...
+
+    def vectors_of(self, ids: Ids) -> Vectors:
+        """(N, D) the vectors of these ids as they are kept: what scores are computed with.
+
+        Raises:
+            KeyError: an id that is not here.
         """
         ...
 
@@ -148,6 +166,9 @@ def check_vectors(vectors: NDArray, dim: int, where: str = "the vector") -> Vect
         raise VectorError(f"{where}: expected rows of shape (N, {dim}), got shape {rows.shape}")
     if rows.shape[1] != dim:
         raise DimensionMismatch(dim, rows.shape[1], where)
+    squares = np.einsum("ij,ij->i", rows, rows)
+    if (np.abs(squares - 1) < UNIT_TOLERANCE).all():  # quick, and false for NaN
+        return rows
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(rows, axis=1)
     if not np.isfinite(norms).all():

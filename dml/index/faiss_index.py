@@ -1,4 +1,4 @@
-"""The kinds that faiss searches: flat, HNSW and IVF over inner products, on the CPU or (flat, IVF) on a GPU.
+"""What the kinds that faiss searches share, and the exact one: inner products, on the CPU or on GPUs.
 
 faiss numbers its vectors 0, 1, 2, …; which id lives in which of these slots is kept here, so that all kinds
 have string-free int64 ids, removal (a dead slot that selectors skip; faiss's HNSW cannot delete) and views.
@@ -7,8 +7,8 @@ Scores and the order of ties do not come from faiss: it proposes candidates, `ra
 
 import logging
 import math
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 
 from dml.errors import ConfigError, DamagedFile, MissingExtra
 from dml.index.base import Hits, Ids, Vectors, check_ids, check_search, check_vectors, no_hits
-from dml.index.file import Sink, array_section, check_index_file, read_array, write_index_file
+from dml.index.file import Header, Sink, array_section, check_index_file, read_array, write_index_file
 from dml.index.flat import search_exactly
+from dml.index.gpu import GPU_K_LIMIT, GpuCopy, choose_device
+from dml.index.kept import EngineCodes, Kept, check_precision
 from dml.index.ranking import SPARE, rank
 from dml.index.rows import Rows
+from dml.startup import is_prepared
 
 log = logging.getLogger(__name__)
-
-GPU_K_LIMIT = 2048
-"""faiss's GPU kernels select at most this many neighbours, and look into at most this many cells."""
 
 FEW_ALLOWED = 4096
 """Up to this many allowed ids are compared one by one: quicker than a selector in a graph, and exact."""
@@ -34,7 +34,20 @@ FEW_ALLOWED = 4096
 WIDEN_LIMIT = 4096
 """An approximate search stops looking for equal scores beyond this many candidates."""
 
+HALF_ERROR = 1e-3
+"""How far the product of two unit vectors may be from the true one where a GPU rounds both to float16: each
+number by at most 2**-11 of itself, so the sum by at most twice that."""
+
+MANY_QUERIES = 16
+"""From this many on, numpy's product and choice of the highest beat faiss's loop over vectors."""
+
 READ_BLOCK = 1 << 20
+GPU_BLOCK = 65_536  # rows decoded at once on their way to a GPU
+BLAS_FROM = 20
+"""Queries from which faiss shall compare by one matrix product: what faiss itself took for long."""
+
+SCALAR_TYPES: Mapping[str, str] = {"float16": "QT_fp16", "bfloat16": "QT_bf16", "int8": "QT_8bit"}
+"""How faiss calls a precision."""
 
 
 def faiss_is_installed() -> bool:
@@ -49,8 +62,22 @@ def import_faiss() -> Any:
     except ImportError as error:
         if error.name not in (None, "faiss"):
             raise
-        raise MissingExtra("faiss (needed by the index kinds faiss_flat, hnsw and ivf)", "cpu") from None
+        raise MissingExtra("faiss (needed by all index kinds but flat and matrix)", "cpu") from None
+    tune_faiss()
     return faiss
+
+
+@cache
+def tune_faiss() -> None:
+    """In a process of our own commands, once: let faiss compare many queries by BLAS.
+
+    Some builds put the threshold so high (128,000 queries) that learning cells and assigning vectors to them
+    takes many times as long. A process that merely uses the library keeps what it has.
+    """
+    if is_prepared():
+        import faiss
+
+        faiss.cvar.distance_compute_blas_threshold = BLAS_FROM
 
 
 def numpy_search(engine: Any) -> Any:
@@ -62,68 +89,47 @@ def numpy_search(engine: Any) -> Any:
     return getattr(engine, "search_numpy", engine.search)
 
 
-def gpu_count() -> int:
-    """GPUs that the installed faiss can use; 0 for faiss-cpu."""
-    faiss = import_faiss()
-    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
-
-
-def choose_device(device: str, kind: str, *, on_gpu: bool) -> str:
-    """Decide "cpu" or "cuda:N" from what was asked for and what is there; say so in the log.
-
-    Args:
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        on_gpu: whether this kind has a GPU form.
-
-    Raises:
-        ConfigError: not a device, a kind without GPU form, a number beyond the GPUs that are there.
-        MissingExtra: a GPU asked for, and faiss built without one.
-    """
-    if device == "cpu":
-        return device
-    if device == "auto":
-        chosen = "cuda:0" if on_gpu and gpu_count() else "cpu"
-        log.info("index %s: device auto means %s", kind, chosen)
-        return chosen
-    name, _, number = device.partition(":")
-    if name != "cuda" or not (number or "0").isdigit():
-        raise ConfigError(f'Unknown device "{device}". Known: auto, cpu, cuda:N.')
-    if not on_gpu:
-        raise ConfigError(
-            f'The index kind "{kind}" has no GPU form. Use device = "cpu", or another kind (ivf).'
-        )
-    if not hasattr(import_faiss(), "StandardGpuResources"):
-        raise MissingExtra(f'faiss with GPU support (asked for by device = "{device}")', "gpu")
-    if int(number or 0) >= gpu_count():
-        raise ConfigError(f'There is no "{device}": faiss sees {gpu_count()} GPUs.')
-    return f"cuda:{int(number or 0)}"
-
-
 class FaissIndex:
     """What the kinds share. Each says how its engine is made, and what effort means to it."""
 
     kind: ClassVar[str]
-    exact: ClassVar[bool]
-    learns: ClassVar[bool] = False
-    on_gpu: ClassVar[bool]
+    learns: bool = False
+    on_gpu: bool = False
+    rough: bool = False
+    """Whether the engine compares codes that say less than the vectors as they are kept."""
 
-    def __init__(self, dim: int, *, device: str, effort: int) -> None:
+    def __init__(self, dim: int, *, device: str, effort: int, precision: str = "float32") -> None:
         if dim < 1:
             raise ConfigError(f"an index needs vectors of at least 1 number, got dim {dim}")
         if effort < 1:
             raise ConfigError(f'the effort of the index kind "{self.kind}" must be at least 1, got {effort}')
         self.faiss = import_faiss()
-        self.dim, self.effort = dim, effort
-        self.device = choose_device(device, self.kind, on_gpu=self.on_gpu)
+        self.dim, self.effort, self.precision = dim, effort, precision
+        self.device = choose_device(device, self.kind, on_gpu=self.on_gpu, faiss=self.faiss)
         self.rows = Rows()
         self._engine: Any = None  # the CPU index; made at the first add or by prepare()
         self._gpu: GpuCopy | None = None
+        self._kept: Vectors | Kept | None = None  # where the engine's vectors are read; None: look again
 
     # What a kind decides
+
+    @property
+    def exact(self) -> bool:
+        """Whether every search returns the true neighbours."""
+        return False
 
     def settings(self) -> dict[str, Any]:
         """The keyword arguments that make this index again."""
         return {"effort": self.effort}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the vectors, what is built of them, and their ids take."""
+        engine = 0 if self._engine is None else self._engine_bytes()
+        return engine + self.rows.ids.nbytes + self.rows.alive.nbytes
+
+    def _engine_bytes(self) -> int:
+        raise NotImplementedError
 
     def _make_engine(self, sample: Vectors, count: int) -> Any:
         raise NotImplementedError
@@ -131,16 +137,42 @@ class FaissIndex:
     def _parameters(self, fetch: int, effort: int, selector: Any) -> Any:
         raise NotImplementedError
 
-    def _vectors_at(self, slots: NDArray[np.int64]) -> Vectors:
-        return self._all_vectors()[slots]
+    def _feed(self, rows: Vectors) -> None:
+        """Give the engine new rows, at the end."""
+        if self._engine is None:
+            self._engine = self._make_engine(rows, len(rows))
+        self._engine.add(rows)
 
-    def _all_vectors(self) -> Vectors:
-        """(slots, D) where faiss keeps them; no copy."""
+    def _fetch(self, k: int, effort: int) -> int:
+        """How many candidates to ask the engine for at first."""
+        return k + SPARE
+
+    def _raised(self, effort: int, share: float) -> int:
+        """The effort for a search that may return only this share of the vectors."""
+        return math.ceil(effort / share)  # most of what it meets will not be allowed
+
+    def _vectors(self) -> Vectors | Kept:
+        """(slots, D) as they are kept, read where they are."""
+        if self._kept is None:
+            self._kept = self._find_vectors()
+        return self._kept
+
+    def _find_vectors(self) -> Vectors | Kept:
         flat = self._flat_storage()
+        if self.precision != "float32":
+            return EngineCodes(self.faiss, flat, self.precision)
         return self.faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * self.dim).reshape(flat.ntotal, self.dim)
 
     def _flat_storage(self) -> Any:
+        """The part of the engine that can be searched exactly, slot by slot."""
         return self._engine
+
+    def _more_sections(self) -> Mapping[str, Callable[[Sink], None]]:
+        """What belongs into the file besides ids and engine."""
+        return {}
+
+    def _read_more(self, path: Path, header: Header) -> None:
+        """Read what `_more_sections` wrote."""
 
     # The protocol
 
@@ -148,7 +180,8 @@ class FaissIndex:
         return self.rows.live
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "exact": self.exact, "device": self.device, **self.settings()}
+        about = {"kind": self.kind, "exact": self.exact, "device": self.device}
+        return {**about, "precision": self.precision, **self.settings()}
 
     def prepare(self, sample: Vectors, count: int) -> None:
         if self._engine is None and len(sample):
@@ -160,9 +193,8 @@ class FaissIndex:
         if not len(rows):
             return
         self.rows.append(names)
-        self.prepare(rows, len(rows))
-        self._engine.add(rows)
-        self._gpu = None
+        self._feed(rows)
+        self._gpu = self._kept = None
 
     def remove(self, ids: Ids) -> int:
         return self.rows.kill(ids)
@@ -173,6 +205,17 @@ class FaissIndex:
         twin.rows = self.rows.view()
         twin.rows.kill(ids)
         return twin
+
+    def vectors_of(self, ids: Ids) -> Vectors:
+        """(N, D) the vectors of these ids as they are kept: what scores are computed with.
+
+        Raises:
+            KeyError: an id that is not here.
+        """
+        slots = self.rows.find(np.asarray(ids, np.int64))
+        if len(slots) and slots.min() < 0:
+            raise KeyError(f"id {np.asarray(ids)[slots < 0][0]} is not in the index")
+        return np.array(self._vectors()[slots]) if len(slots) else np.empty((0, self.dim), np.float32)
 
     def search(
         self,
@@ -187,14 +230,19 @@ class FaissIndex:
         queries = check_vectors(queries, self.dim, "the query")
         slots = None
         if allowed is not None:
-            slots = self.rows.find(np.unique(np.asarray(allowed, np.int64)))
-            slots = slots[slots >= 0]
+            slots = self.rows.living_slots(allowed)
         count = self.rows.live if slots is None else len(slots)
         if not count or not len(queries):
             return no_hits(len(queries), k)
         if slots is not None and (count <= FEW_ALLOWED or self.device != "cpu"):
             return self._compare(queries, k, slots)
+        if self._compares_all(len(queries), exact):
+            return self._compare(queries, k, slots)
         return self._search(queries, k, slots=slots, count=count, effort=effort or self.effort, exact=exact)
+
+    def _compares_all(self, queries: int, exact: bool) -> bool:
+        """Whether to answer by comparing every vector here, without the engine."""
+        return self._engine is None or (exact and self.rough)
 
     def _search(
         self,
@@ -208,49 +256,60 @@ class FaissIndex:
     ) -> Hits:
         """Ask the engine for candidates until the order of the first k is decided; compare what is not."""
         if slots is not None and not exact:
-            effort = math.ceil(effort * len(self.rows) / count)  # most of what it meets will not be allowed
-        hits = no_hits(len(queries), k)
-        pending = np.arange(len(queries))
-        fetch = min(k + SPARE, count)
+            effort = self._raised(effort, count / len(self.rows))
+        hits, pending = None, np.arange(len(queries))
+        fetch = min(self._fetch(k, effort), count)
         while len(pending):
-            found = self._candidates(queries[pending], fetch, effort=effort, slots=slots, exact=exact)
+            some = queries if hits is None else queries[pending]
+            found = self._candidates(some, fetch, effort=effort, slots=slots, exact=exact)
             if found is None:
                 break
             rough, names = found
-            floor = np.where(fetch >= count, -np.inf, rough[:, -1]).astype(np.float32)
             ranked = rank(
-                queries[pending],
+                some,
                 names,
-                rough_floor=floor,
+                rough_floor=None if self.rough else self._floor(rough, whole=fetch >= count),
                 k=k,
                 ids=self.rows.ids,
-                vectors_at=self._vectors_at,
+                vectors_at=self._vectors().__getitem__,
             )
+            done = ranked.settled | (fetch >= count)
+            whole = names[:, min(k, count) - 1] >= 0  # faiss puts missing ones last
+            if hits is None and k <= count and (done & whole).all():
+                return Hits(ranked.ids, ranked.scores)
+            if hits is None:
+                hits = no_hits(len(queries), k)
             width = ranked.ids.shape[1]
             hits.ids[pending, :width], hits.scores[pending, :width] = ranked.ids, ranked.scores
-            short = (names >= 0).sum(axis=1) < min(k, count)
-            if short.any():
-                self._fill(hits, queries, pending[short], slots=slots)
-            pending = pending[~ranked.settled & ~short]
-            if fetch >= count or (fetch >= WIDEN_LIMIT and not (exact or self.exact)):
+            if not whole.all():
+                self._fill(hits, queries, pending[~whole], slots=slots)
+            pending = pending[~done & whole]
+            if fetch >= WIDEN_LIMIT and not (exact or self.exact):
                 return hits
             fetch = min(4 * fetch, count)
+        if hits is None:
+            hits = no_hits(len(queries), k)
         if len(pending):
             self._fill(hits, queries, pending, slots=slots)
         return hits
+
+    def _floor(self, rough: Vectors, *, whole: bool) -> NDArray[np.float32]:
+        """(Q,) what no row that was not proposed scores higher than."""
+        if whole:
+            return np.full(len(rough), -np.inf, np.float32)
+        return rough[:, -1]
 
     def _fill(
         self, hits: Hits, queries: Vectors, which: NDArray[np.int64], *, slots: NDArray[np.int64] | None
     ) -> None:
         """Answer these queries by comparing all that may be returned."""
-        found = self._compare(
-            queries[which], hits.ids.shape[1], self.rows.living() if slots is None else slots
-        )
+        found = self._compare(queries[which], hits.ids.shape[1], slots)
         hits.ids[which], hits.scores[which] = found.ids, found.scores
 
-    def _compare(self, queries: Vectors, k: int, slots: NDArray[np.int64]) -> Hits:
-        vectors = self._vectors_at(slots)
-        return search_exactly(queries, vectors, self.rows.ids[slots], k=k)
+    def _compare(self, queries: Vectors, k: int, slots: NDArray[np.int64] | None) -> Hits:
+        if slots is None and self.rows.live < len(self.rows):
+            slots = self.rows.living()
+        return search_exactly(queries, self._vectors(), self.rows.ids, k=k, slots=slots)
 
     def _candidates(
         self, queries: Vectors, fetch: int, *, effort: int, slots: NDArray[np.int64] | None, exact: bool
@@ -261,12 +320,12 @@ class FaissIndex:
         selector, keep = self._selector(slots)
         if exact:
             effort = max(effort, len(self.rows))
-        parameters = self._parameters(fetch, effort, selector)
-        engine = (
-            self._flat_storage() if exact and not self.exact and self._has_flat_storage() else self._engine
-        )
-        if engine is not self._engine:
+        engine = self._engine
+        if exact and not self.exact and self._has_flat_storage():
+            engine = self._flat_storage()
             parameters = self.faiss.SearchParameters(sel=selector) if selector is not None else None
+        else:
+            parameters = self._parameters(fetch, effort, selector)
         found = numpy_search(engine)(queries, fetch, params=parameters)
         del keep  # the bitmap that the selector points into had to live until here
         return found
@@ -289,6 +348,13 @@ class FaissIndex:
             return None, None
         return self.faiss.IDSelectorBitmap(len(bits), self.faiss.swig_ptr(bits)), bits
 
+    def _gpu_bytes(self) -> int:
+        """What the index takes on a GPU."""
+        return len(self.rows) * (4 * self.dim + 8)
+
+    def _gpu_copy(self) -> GpuCopy:
+        return GpuCopy(self.faiss, self._engine, self.device, needed=self._gpu_bytes())
+
     def _gpu_candidates(
         self, queries: Vectors, fetch: int, *, effort: int, exact: bool
     ) -> tuple[Vectors, NDArray[np.int64]] | None:
@@ -303,7 +369,7 @@ class FaissIndex:
             )
             return None
         if self._gpu is None:
-            self._gpu = GpuCopy(self.faiss, self._engine, self.device)
+            self._gpu = self._gpu_copy()
         effort = max(effort, len(self.rows)) if exact else effort
         rough, slots = self._gpu.search(queries, fetch + dead, self._parameters(fetch + dead, effort, None))
         if dead:
@@ -317,6 +383,7 @@ class FaissIndex:
         sections = {
             "ids": array_section(self.rows.ids),
             "alive": array_section(np.packbits(self.rows.alive, bitorder="little")),
+            **self._more_sections(),
         }
         if self._engine is not None:
             sections["engine"] = self._write_engine
@@ -328,6 +395,7 @@ class FaissIndex:
             settings=self.settings(),
             note=note or {},
             sections=sections,
+            first_format="precision" not in self.settings(),
         )
 
     def _write_engine(self, sink: Sink) -> None:
@@ -359,12 +427,17 @@ class FaissIndex:
             with open(path, "rb") as file:
                 file.seek(offset)
                 index._engine = index._read_engine(file, length)
-            if index._engine.ntotal != header.count or index._engine.d != header.dim:
-                raise DamagedFile(
-                    f"{path} contradicts itself: {header.count} ids of dim {header.dim}, but "
-                    f"{index._engine.ntotal} vectors of dim {index._engine.d}"
-                )
+            index._check_engine(path, header)
+        index._read_more(path, header)
         return index
+
+    def _check_engine(self, path: Path, header: Header) -> None:
+        """Refuse an engine that does not hold what the ids name. Raises DamagedFile."""
+        if self._engine.ntotal != header.count or self._engine.d != header.dim:
+            raise DamagedFile(
+                f"{path} contradicts itself: {header.count} ids of dim {header.dim}, but "
+                f"{self._engine.ntotal} vectors of dim {self._engine.d}"
+            )
 
     def _read_engine(self, file: BinaryIO, length: int) -> Any:
         left = length
@@ -384,144 +457,72 @@ class FaissIndex:
             ) from error
 
 
-class GpuCopy:
-    """A copy of an index on one GPU. faiss's GPU resources serve one thread at a time: searches queue up."""
-
-    def __init__(self, faiss: Any, engine: Any, device: str) -> None:
-        self.number = int(device.partition(":")[2])
-        self.resources = faiss.StandardGpuResources()
-        self.engine = faiss.index_cpu_to_gpu(self.resources, self.number, engine)
-        self.lock = threading.Lock()
-
-    def search(self, queries: Vectors, k: int, parameters: Any) -> tuple[Vectors, NDArray[np.int64]]:
-        with self.lock:
-            return numpy_search(self.engine)(queries, k, params=parameters)
-
-
 class FaissFlatIndex(FaissIndex):
-    """Every vector is compared, by faiss. Exact; 4 · D bytes per vector; `effort` changes nothing."""
+    """Every vector is compared, by faiss. Exact for whole vectors; `effort` changes nothing.
+
+    Memory: 4 · D bytes per vector, 2 · D as float16 or bfloat16, D as int8.
+
+    Args:
+        precision: float32, float16, bfloat16 or int8: how vectors are kept. In fewer bits the neighbours are
+            the true ones of the vectors as kept, which are nearly those of the whole vectors.
+    """
 
     kind = "faiss_flat"
-    exact = True
     on_gpu = True
 
-    def __init__(self, dim: int, *, device: str = "auto") -> None:
-        super().__init__(dim, device=device, effort=1)
+    def __init__(self, dim: int, *, device: str = "auto", precision: str = "float32") -> None:
+        check_precision(self.kind, precision, ("float32", *SCALAR_TYPES))
+        self.learns = precision == "int8"
+        self.on_gpu = precision in ("float32", "float16")
+        super().__init__(dim, device=device, effort=1, precision=precision)
+
+    @property
+    def exact(self) -> bool:
+        return self.precision == "float32"
 
     def settings(self) -> dict[str, Any]:
-        return {}
+        return {} if self.precision == "float32" else {"precision": self.precision}
+
+    def _engine_bytes(self) -> int:
+        return self._engine.ntotal * self._engine.code_size
+
+    def _compares_all(self, queries: int, exact: bool) -> bool:
+        if self._engine is None or self.device != "cpu":
+            return self._engine is None
+        return queries >= MANY_QUERIES and self.precision == "float32"
+
+    def _floor(self, rough: Vectors, *, whole: bool) -> NDArray[np.float32]:
+        floor = super()._floor(rough, whole=whole)
+        return floor + np.float32(HALF_ERROR) if self.device != "cpu" and self._half() else floor
+
+    def _half(self) -> bool:
+        return self.precision == "float16"
+
+    def _gpu_bytes(self) -> int:
+        return len(self.rows) * self.dim * (2 if self._half() else 4)
+
+    def _gpu_copy(self) -> GpuCopy:
+        if not self._half():
+            return super()._gpu_copy()
+        # faiss has no GPU form of its scalar quantizer; a flat index there can keep float16.
+        empty = self.faiss.IndexFlatIP(self.dim)
+        copy = GpuCopy(self.faiss, empty, self.device, needed=self._gpu_bytes(), half=True)
+        for start in range(0, len(self.rows), GPU_BLOCK):
+            copy.add(self._vectors()[start : start + GPU_BLOCK])
+        return copy
 
     def _make_engine(self, sample: Vectors, count: int) -> Any:
-        return self.faiss.IndexFlatIP(self.dim)
+        return scalar_storage(self.faiss, self.dim, self.precision, sample)
 
     def _parameters(self, fetch: int, effort: int, selector: Any) -> Any:
         return None if selector is None else self.faiss.SearchParameters(sel=selector)
 
 
-class FaissHnswIndex(FaissIndex):
-    """A graph of neighbours, walked towards the query. Approximate, CPU only.
-
-    Memory: 4 · D + 8 · links bytes per vector.
-
-    Args:
-        links: neighbours kept per vector (twice that on the lowest level). More: better recall, memory, build
-            time.
-        build_effort: candidates examined per vector while building (efConstruction).
-        effort: candidates examined per query (efSearch) when the search names none.
-
-    Source: Malkov and Yashunin, "Efficient and robust approximate nearest neighbor search using Hierarchical
-    Navigable Small World graphs", arXiv:1603.09320.
-    """
-
-    kind = "hnsw"
-    exact = False
-    on_gpu = False
-
-    def __init__(
-        self, dim: int, *, device: str = "auto", links: int = 32, build_effort: int = 100, effort: int = 128
-    ) -> None:
-        if links < 2 or build_effort < 1:
-            raise ConfigError(f"hnsw needs links >= 2 and build_effort >= 1, got {links} and {build_effort}")
-        super().__init__(dim, device=device, effort=effort)
-        self.links, self.build_effort = links, build_effort
-
-    def settings(self) -> dict[str, Any]:
-        return {"links": self.links, "build_effort": self.build_effort, "effort": self.effort}
-
-    def _make_engine(self, sample: Vectors, count: int) -> Any:
-        engine = self.faiss.IndexHNSWFlat(self.dim, self.links, self.faiss.METRIC_INNER_PRODUCT)
-        engine.hnsw.efConstruction = self.build_effort
-        return engine
-
-    def _parameters(self, fetch: int, effort: int, selector: Any) -> Any:
-        effort = min(max(effort, fetch), len(self.rows))
-        if selector is None:
-            return self.faiss.SearchParametersHNSW(efSearch=effort)
-        return self.faiss.SearchParametersHNSW(efSearch=effort, sel=selector)
-
-    def _flat_storage(self) -> Any:
-        return self.faiss.downcast_index(self._engine.storage)
-
-
-class FaissIvfIndex(FaissIndex):
-    """Vectors in cells around centroids; a search looks into the nearest cells. Approximate.
-
-    Memory: 4 · D + 16 bytes per vector.
-
-    Args:
-        cells: how many; 0: from the number of vectors at the first add, see `cells_for`.
-        effort: cells looked into per query (nprobe) when the search names none; 0: a tenth of the cells, at
-            least 16.
-
-    The cells are learned from the sample of `prepare`, or from the first add. A collection that grows far
-    beyond that deserves a new build.
-    """
-
-    kind = "ivf"
-    exact = False
-    learns = True
-    on_gpu = True
-
-    def __init__(self, dim: int, *, device: str = "auto", cells: int = 0, effort: int = 0) -> None:
-        if cells < 0 or effort < 0:
-            raise ConfigError(f"ivf needs cells >= 0 and effort >= 0, got {cells} and {effort}")
-        super().__init__(dim, device=device, effort=effort or 16)
-        self.cells, self._effort_given = cells, effort > 0
-
-    def settings(self) -> dict[str, Any]:
-        return {"cells": self.cells, "effort": self.effort}
-
-    def _make_engine(self, sample: Vectors, count: int) -> Any:
-        self.cells = min(self.cells or cells_for(count), len(sample))
-        if not self._effort_given:
-            self.effort = min(max(16, self.cells // 10), self.cells)
-        engine = self.faiss.IndexIVFFlat(
-            self.faiss.IndexFlatIP(self.dim), self.dim, self.cells, self.faiss.METRIC_INNER_PRODUCT
-        )
-        engine.cp.spherical = True  # centroids of unit vectors, compared by inner product
-        engine.cp.min_points_per_centroid = (
-            1  # cells_for keeps enough; a user's own number is the user's choice
-        )
-        engine.train(sample)
-        engine.make_direct_map()
-        return engine
-
-    def _parameters(self, fetch: int, effort: int, selector: Any) -> Any:
-        cells = min(effort, self.cells if self.device == "cpu" else min(self.cells, GPU_K_LIMIT))
-        if selector is None:
-            return self.faiss.SearchParametersIVF(nprobe=cells)
-        return self.faiss.SearchParametersIVF(nprobe=cells, sel=selector)
-
-    def _has_flat_storage(self) -> bool:
-        return False  # looking into all cells is exact
-
-    def _cells(self) -> int:
-        return self.cells
-
-    def _vectors_at(self, slots: NDArray[np.int64]) -> Vectors:
-        return self._engine.reconstruct_batch(np.ascontiguousarray(slots, np.int64))
-
-
-def cells_for(count: int) -> int:
-    """4 · √N cells, but at least 39 vectors in each on average: faiss's own bounds for sound centroids."""
-    return max(1, min(round(4 * math.sqrt(count)), count // 39))
+def scalar_storage(faiss: Any, dim: int, precision: str, sample: Vectors) -> Any:
+    """An empty faiss index that compares all vectors, kept at this precision."""
+    if precision == "float32":
+        return faiss.IndexFlatIP(dim)
+    scalar = getattr(faiss.ScalarQuantizer, SCALAR_TYPES[precision])
+    storage = faiss.IndexScalarQuantizer(dim, scalar, faiss.METRIC_INNER_PRODUCT)
+    storage.train(sample)
+    return storage

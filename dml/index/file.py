@@ -21,7 +21,11 @@ from dml.errors import DamagedFile
 from dml.storage import opened_aside
 
 MAGIC = b"DMLINDEX"
-FORMAT = 1
+FORMAT = 2
+"""The newest that is read: 2 has vectors in fewer bits."""
+
+FIRST_FORMAT = 1
+"""Written for what it can say, so that older versions of dml read it."""
 PREFIX = struct.Struct("<8sQQ32s")
 BLOCK = 1 << 22  # bytes per read while checking
 
@@ -66,11 +70,13 @@ def write_index_file(
     settings: Mapping[str, Any],
     note: Mapping[str, Any],
     sections: Mapping[str, Callable[[Sink], None]],
+    first_format: bool = True,
 ) -> None:
     """Write an index file aside, flush it, and put it into place.
 
     Args:
         sections: name -> what writes its bytes to a sink.
+        first_format: whether the first format can say what is written; else it is the newest.
 
     Raises:
         StorageError: the disk is full or refuses; `path` is then as it was.
@@ -84,7 +90,7 @@ def write_index_file(
             write(sink)
             table[name] = (offset, sink.length, sink.digest.hexdigest())
         header = {
-            "format": FORMAT,
+            "format": FIRST_FORMAT if first_format else FORMAT,
             "kind": kind,
             "dim": dim,
             "count": count,

@@ -10,12 +10,19 @@ from numpy.typing import NDArray
 from dml.errors import ConfigError
 from dml.index.base import Hits, Ids, Vectors, check_ids, check_search, check_vectors, no_hits
 from dml.index.file import array_section, check_index_file, read_array, write_index_file
+from dml.index.kept import Kept
 from dml.index.ranking import SPARE, rank
 from dml.index.rows import Rows
 
 QUERY_BLOCK = 256
 SCORE_LIMIT = 1 << 22
 """Scores (float32) held at once: 16 MB."""
+
+COPY_LIMIT = 1 << 22
+"""Numbers (float32) copied or decoded at once, where rows cannot be compared where they lie."""
+
+GROUP = 32
+"""Scores that one maximum stands for while the highest are sought."""
 
 
 class FlatIndex:
@@ -107,9 +114,18 @@ class FlatIndex:
         queries = check_vectors(queries, self.dim, "the query")
         slots = None if self.rows.live == len(self.rows) else self.rows.living()
         if allowed is not None:
-            slots = self.rows.find(np.unique(np.asarray(allowed, np.int64)))
-            slots = slots[slots >= 0]
+            slots = self.rows.living_slots(allowed)
         return search_exactly(queries, self.vectors, self.rows.ids, k=k, slots=slots)
+
+    def vectors_of(self, ids: Ids) -> Vectors:
+        slots = self.rows.find(np.asarray(ids, np.int64))
+        if len(slots) and slots.min() < 0:
+            raise KeyError(f"id {np.asarray(ids)[slots < 0][0]} is not in the index")
+        return self.vectors[slots]
+
+    @property
+    def nbytes(self) -> int:
+        return self.vectors.nbytes + self.rows.ids.nbytes + self.rows.alive.nbytes
 
     def save(self, path: Path, *, note: Mapping[str, Any] | None = None) -> None:
         living = self.rows.living()
@@ -138,13 +154,13 @@ class FlatIndex:
 
 
 def search_exactly(
-    queries: Vectors, vectors: Vectors, ids: Ids, *, k: int, slots: NDArray[np.int64] | None = None
+    queries: Vectors, vectors: Vectors | Kept, ids: Ids, *, k: int, slots: NDArray[np.int64] | None = None
 ) -> Hits:
     """The k nearest rows of `vectors` for each query, in blocks; ties by id.
 
     Args:
         queries: (Q, D) unit rows.
-        vectors: (N, D) unit rows, one per slot.
+        vectors: (N, D) unit rows, one per slot; read in blocks, so they may be kept in fewer bits.
         ids: (N,) id of each slot.
         slots: only these rows; None: all.
     """
@@ -169,34 +185,54 @@ def search_exactly(
 
 
 def best_slots(
-    queries: Vectors, vectors: Vectors, *, fetch: int, slots: NDArray[np.int64] | None
+    queries: Vectors, vectors: Vectors | Kept, *, fetch: int, slots: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """(Q, fetch) slots with the highest float32 scores in any order, and the lowest score among them (Q,).
 
     The floor is -inf when every row is among the candidates.
     """
     count = len(vectors) if slots is None else len(slots)
-    block = max(fetch, SCORE_LIMIT // len(queries))
+    block = SCORE_LIMIT // len(queries)
+    if slots is not None or not isinstance(vectors, np.ndarray):
+        block = min(block, COPY_LIMIT // queries.shape[1])  # these rows are copied before they are compared
+    block = max(fetch, block)
     best = np.empty((len(queries), 0), np.int64)
     best_scores = np.empty((len(queries), 0), np.float32)
     for start in range(0, count, block):
-        if slots is None:
-            names = np.arange(start, min(start + block, count))
-            scores = queries @ vectors[start : start + block].T
-        else:
-            names = slots[start : start + block]
-            scores = queries @ vectors[names].T
-        if scores.shape[1] > fetch:
-            keep = np.argpartition(scores, scores.shape[1] - fetch, axis=1)[:, -fetch:]
-            names, scores = names[keep], np.take_along_axis(scores, keep, axis=1)
-        else:
-            names = np.broadcast_to(names, scores.shape)
+        part = slice(start, min(start + block, count))
+        scores = queries @ (vectors[part] if slots is None else vectors[slots[part]]).T
+        keep = highest(scores, fetch)
+        names = keep + start if slots is None else slots[part][keep]
         best = np.concatenate([best, names], axis=1)
-        best_scores = np.concatenate([best_scores, scores], axis=1)
+        best_scores = np.concatenate([best_scores, np.take_along_axis(scores, keep, axis=1)], axis=1)
         if best.shape[1] > fetch:
-            keep = np.argpartition(best_scores, best.shape[1] - fetch, axis=1)[:, -fetch:]
+            keep = highest(best_scores, fetch)
             best = np.take_along_axis(best, keep, axis=1)
             best_scores = np.take_along_axis(best_scores, keep, axis=1)
     if fetch >= count:
         return best, np.full(len(queries), -np.inf, np.float32)
     return best, best_scores.min(axis=1)
+
+
+def highest(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """The columns of the `count` highest scores of each row, in any order (Q, min(count, N)).
+
+    Columns are first taken in groups: the highest scores lie in the `count` groups with the highest maxima,
+    and only these are looked at one by one. Maxima cost one pass at the speed of memory; choosing among all
+    columns costs several times that.
+    """
+    columns = scores.shape[1]
+    if columns <= count:
+        return np.broadcast_to(np.arange(columns), scores.shape)
+    groups = columns // GROUP  # a group is every `groups`-th column, so that maxima are taken of whole rows
+    if groups < 4 * count:
+        return np.argpartition(scores, columns - count, axis=1)[:, -count:]
+    even = groups * GROUP
+    maxima = scores[:, :even].reshape(len(scores), GROUP, groups).max(axis=1)
+    chosen = np.argpartition(maxima, groups - count, axis=1)[:, -count:]
+    members = (chosen[:, :, None] + np.arange(0, even, groups)).reshape(len(scores), -1)
+    rest = np.broadcast_to(np.arange(even, columns), (len(scores), columns - even))
+    members = np.concatenate([members, rest], axis=1)
+    values = np.take_along_axis(scores, members, axis=1)
+    best = np.argpartition(values, values.shape[1] - count, axis=1)[:, -count:]
+    return np.take_along_axis(members, best, axis=1)

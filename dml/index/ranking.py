@@ -19,6 +19,13 @@ MULTIPLY_LIMIT = 1 << 21
 """Numbers (float64) multiplied at once while scoring."""
 
 
+LAST = np.iinfo(np.int64).max
+"""Stands for a missing id while others are put in order."""
+
+VectorsAt = Callable[[NDArray[np.int64]], Vectors]
+"""Slots (M,) -> the vectors there (M, D), as the index keeps them."""
+
+
 class Ranked(NamedTuple):
     ids: Ids  # (Q, k)
     scores: Vectors  # (Q, k)
@@ -29,10 +36,10 @@ def rank(
     queries: Vectors,
     slots: NDArray[np.int64],
     *,
-    rough_floor: NDArray[np.float32],
+    rough_floor: NDArray[np.float32] | None,
     k: int,
     ids: Ids,
-    vectors_at: Callable[[NDArray[np.int64]], Vectors],
+    vectors_at: VectorsAt,
 ) -> Ranked:
     """Score candidates truly, order them by (score, id) and keep k.
 
@@ -40,24 +47,76 @@ def rank(
         queries: (Q, D) unit rows.
         slots: (Q, F) candidates of each query as rows of the index, -1 where there is none; F >= k.
         rough_floor: (Q,) no row that is not among the candidates has a higher engine score than this;
-            -inf when all rows are candidates.
+            -inf when all rows are candidates. None: the engine compares codes, and its scores say nothing
+            about the order; a query is then settled unless all further candidates are as near as its k-th.
         ids: (N,) the id of each slot.
         vectors_at: slots (M,) -> their vectors (M, D).
     """
+    if slots.shape[1] <= 2 * (k + SPARE):
+        return _rank_all(queries, slots, rough_floor=rough_floor, k=k, ids=ids, vectors_at=vectors_at)
+    near, dropped = nearest_roughly(queries, slots, keep=k + SPARE, vectors_at=vectors_at)
+    ranked = _rank_all(queries, near, rough_floor=rough_floor, k=k, ids=ids, vectors_at=vectors_at)
+    unsure = ~(np.isneginf(dropped) | (ranked.scores[:, -1] > dropped + ROUGH_ERROR))
+    if not unsure.any():
+        return ranked if rough_floor is not None else ranked._replace(settled=np.ones(len(queries), bool))
+    floor = None if rough_floor is None else rough_floor[unsure]
+    again = _rank_all(queries[unsure], slots[unsure], rough_floor=floor, k=k, ids=ids, vectors_at=vectors_at)
+    if rough_floor is None:
+        ranked.settled[:] = True
+    for all_rows, new_rows in zip(ranked, again, strict=True):
+        all_rows[unsure] = new_rows
+    return ranked
+
+
+def _rank_all(
+    queries: Vectors,
+    slots: NDArray[np.int64],
+    *,
+    rough_floor: NDArray[np.float32] | None,
+    k: int,
+    ids: Ids,
+    vectors_at: VectorsAt,
+) -> Ranked:
     scores = true_scores(queries, slots, vectors_at)
-    names = np.where(slots >= 0, ids[slots] if len(ids) else -1, np.iinfo(np.int64).max)
-    order = np.lexsort((names, -scores), axis=-1)[:, :k]
+    names = ids[slots] if len(ids) else np.full(slots.shape, -1)
+    if slots.min(initial=0) < 0:
+        names = np.where(slots >= 0, names, LAST)
+    order = np.lexsort((names, -scores), axis=-1)
+    farthest = np.take_along_axis(scores, order[:, -1:], axis=1)[:, 0]
+    order = order[:, :k]
     scores = np.take_along_axis(scores, order, axis=1)
     names = np.take_along_axis(names, order, axis=1)
-    missing = np.isneginf(scores)
-    names[missing] = -1
-    settled = np.isneginf(rough_floor) | (scores[:, -1] > rough_floor + ROUGH_ERROR)
+    names[names == LAST] = -1
+    if rough_floor is None:
+        settled = farthest < scores[:, -1]
+    else:
+        settled = np.isneginf(rough_floor) | (scores[:, -1] > rough_floor + ROUGH_ERROR)
     return Ranked(names, scores, settled)
 
 
-def true_scores(
-    queries: Vectors, slots: NDArray[np.int64], vectors_at: Callable[[NDArray[np.int64]], Vectors]
-) -> Vectors:
+def nearest_roughly(
+    queries: Vectors, slots: NDArray[np.int64], *, keep: int, vectors_at: VectorsAt
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The candidates with the highest float32 scores (Q, keep), and the highest score of the others (Q,).
+
+    float32 products of BLAS take a fraction of the time of the true scores, which only these few then get.
+    """
+    near = np.empty((len(queries), keep), np.int64)
+    dropped = np.empty(len(queries), np.float32)
+    block = max(1, MULTIPLY_LIMIT // (slots.shape[1] * queries.shape[1]))
+    for start in range(0, len(queries), block):
+        part = slice(start, start + block)
+        some = slots[part]
+        rows = vectors_at(np.maximum(some, 0).ravel()).reshape(*some.shape, -1)
+        scores = np.matmul(rows, queries[part, :, None])[:, :, 0]
+        scores[some < 0] = -np.inf
+        order = np.argpartition(scores, scores.shape[1] - keep - 1, axis=1)
+        near[part] = np.take_along_axis(some, order[:, -keep:], axis=1)
+        dropped[part] = np.take_along_axis(scores, order[:, :-keep], axis=1).max(axis=1)
+    return near, dropped
+
+
+def true_scores(queries: Vectors, slots: NDArray[np.int64], vectors_at: VectorsAt) -> Vectors:
     """(Q, F) inner products summed in float64, row by row: the same for the same pair wherever it stands.
 
     BLAS sums in an order that depends on the place in the matrix, so equal vectors can differ in the last
