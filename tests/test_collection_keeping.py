@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from dml.collection import NewItem, create_collection, open_collection
+from dml.collection.repair import repair
 from dml.errors import DmlError
 
 DIM = 16
@@ -40,7 +41,9 @@ def shelf(tmp_path_factory, tiny_encoder, draw):
     """A collection with everything in it: encoder, pictures, thumbnails, two snapshots, a log of changes."""
     made = tmp_path_factory.mktemp("shelf") / "made"
     about = json.loads((tiny_encoder / "manifest.json").read_text())
-    with create_collection(made, dim=DIM, fingerprint=about["fingerprint"], index="flat", merge="manual") as shop:
+    with create_collection(
+        made, dim=DIM, fingerprint=about["fingerprint"], index="flat", merge="manual"
+    ) as shop:
         shutil.copytree(tiny_encoder, made / "encoder")
         vectors = unit(0, 300)
         shop.add([NewItem(f"i{n}", v, {"label": f"l{n % 3}", "n": n}) for n, v in enumerate(vectors[:200])])
@@ -120,3 +123,48 @@ def test_a_flipped_byte_in_any_file_is_found(shelf, shop, scale):
             shutil.copy(source, path)
             shop.joinpath("catalog.sqlite-shm").unlink(missing_ok=True)
     print(len(unseen), "of", 12 * scale * len(files_of(shelf)), "changed bytes are in use by nobody")
+
+
+# Repair
+
+
+def test_a_flipped_byte_is_mended_or_what_is_lost_is_named(shelf, shop, scale):
+    whole = contents(shelf)
+    everything = {id: rest for id, *rest in whole[0]}
+    for seed in range(3 * scale):
+        rng = random.Random(seed)
+        for source in files_of(shelf):
+            name = str(source.relative_to(shelf))
+            place = flip(shop / name, rng)
+            where = (seed, name, place)
+            found = problems_of(shop)
+            if found and not any("update dml" in problem for problem in found):
+                check_repair(shop, name, everything, where=where)
+            shutil.rmtree(shop)
+            shutil.copytree(shelf, shop)
+
+
+def check_repair(shop, name, everything, *, where):
+    """Repairing leaves no damage but that of what is nowhere else, and loses nothing that it does not name."""
+    repairs = repair(shop, replace_catalog=True)
+    assert repairs.waiting is None, where
+    with open_collection(shop) as mended:
+        items, _ = mended.scroll(limit=1000, with_vector=True)
+        there = {i.id: [i.payload, i.sequence, i.picture, i.vector.tobytes()] for i in items}
+        assert len(mended) == len(there)
+        assert {hit.id for hit in mended.search(unit(9, 1), limit=1000)[0].hits} == set(there), where
+    if "catalog" not in name:
+        assert there == everything, where
+        assert not repairs.lost, where
+    lost = everything.keys() - there.keys()
+    for id in lost:
+        assert any(f'"{id}"' in sentence for sentence in repairs.lost) or name.endswith("-wal"), (where, id)
+    if not name.endswith("-wal"):  # what is lost with the log of changes are changes
+        assert all(there[id] == everything[id] for id in there), where
+        assert len(lost) < 60, where
+    nowhere_else = name.startswith(("images", "encoder"))
+    assert bool(repairs.left) == nowhere_else, (where, repairs.left)
+    assert all("picture" in problem or "encoder" in problem for problem in repairs.left), (
+        where,
+        repairs.left,
+    )

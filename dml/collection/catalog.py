@@ -15,6 +15,7 @@ synchronous=FULL: a change is acknowledged after it is on the disk.
 
 import json
 import os
+import re
 import sqlite3
 import threading
 import zlib
@@ -52,6 +53,7 @@ CREATE TABLE items (
     picture_root TEXT,
     crc INTEGER NOT NULL
 );
+CREATE INDEX items_sequence ON items (sequence);
 CREATE INDEX items_stored ON items (picture_sha256) WHERE picture_kind = 'stored';
 CREATE TABLE vectors (row INTEGER PRIMARY KEY, vector BLOB NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE removed (row INTEGER PRIMARY KEY, sequence INTEGER NOT NULL);
@@ -456,6 +458,10 @@ def crc_of(values: Sequence[Any]) -> int:
 # Format and errors
 
 
+DAMAGE = re.compile("decode to UTF-8|no such (table|column)|malformed|unsupported file format")
+"""What SQLite says of a changed byte in a text or in the schema, without an error number of its own."""
+
+
 def check_version(connection: sqlite3.Connection, path: Path) -> None:
     """Refuse a file that is no catalogue, or is newer than this program."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -474,7 +480,7 @@ def add_checksum_and_facts(db: sqlite3.Connection) -> None:
     sequence, horizon = read_state(db)
     db.execute("DROP TABLE state")
     for statement in SCHEMA.split(";"):
-        if "TABLE state" in statement or "TABLE facts" in statement:
+        if any(new in statement for new in ("TABLE state", "TABLE facts", "INDEX items_sequence")):
             db.execute(statement)
     write_state(db, sequence, horizon)
 
@@ -535,7 +541,7 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "decode to UTF-8" in str(error):
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or DAMAGE.search(str(error)):
             raise DamagedFile(
                 f"{path} is damaged: {error}. `dml index repair` saves what can be read; or restore a backup."
             ) from error
