@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from dml.collection.base import Collection, CollectionInfo, Hit, Item, NewItem, Payload
+from dml.collection.base import Collection, CollectionInfo, FilterLike, Hit, Item, NewItem, Payload
 from dml.errors import (
     DimensionMismatch,
     ImageNotKept,
@@ -92,6 +92,12 @@ class Search:
     exact: bool = False
     effort: int | None = None
     with_vector: bool = False
+    filter: FilterLike | None = None
+    group_by: str | None = None
+    """A path in the payload; `limit` and `offset` count groups then."""
+    group_size: int = 1
+    cursor: str | None = None
+    """"*" starts a walk through all hits, `next_cursor` of an answer goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,9 @@ class Answer:
     """Fingerprint of the encoder whose vectors were compared."""
     hits: list[Hit]
     total: int
-    """Items that qualify, found on this page or not; a lower bound unless `total_is_exact`."""
+    """Items (or groups) that qualify, on this page or not; a lower bound unless `total_is_exact`."""
     total_is_exact: bool
+    next_cursor: str | None
     approximate: bool
     embed_ms: float
     search_ms: float
@@ -204,7 +211,7 @@ class Engine:
                     collection.close()
                     raise UsageError(
                         f'Two collections are called "{collection.name}", the second in {path}. '
-                        f"Rename one in its manifest.json, or serve them on two ports."
+                        f"Call one by another name (`dml index rename`), or serve them on two ports."
                     )
                 collections[collection.name] = collection
                 if encoder is not None:
@@ -255,8 +262,9 @@ class Engine:
     def info(self, name: str) -> CollectionInfo:
         return self.collection(name).info()
 
-    def count(self, name: str) -> int:
-        return len(self.collection(name))
+    def count(self, name: str, filter: FilterLike | None = None) -> int:
+        """How many items pass a filter. Raises UnknownCollection, FilterInvalid."""
+        return self.collection(name).count(filter)
 
     def models(self) -> list[Model]:
         """The encoders that answer here, with the collections that they serve."""
@@ -338,6 +346,7 @@ class Engine:
 
         Raises:
             UnknownCollection, UnknownItem, InvalidImage, VectorError, DimensionMismatch, NotAvailable
+            FilterInvalid, CursorInvalid, CursorExpired, UsageError
         """
         collection = self.collection(name)
         started = time.perf_counter()
@@ -354,30 +363,27 @@ class Engine:
             score_threshold=search.score_threshold,
             exclude=exclude,
             with_vector=search.with_vector,
+            filter=search.filter,
+            group_by=search.group_by,
+            group_size=search.group_size,
+            cursor=search.cursor,
         )
         ended = time.perf_counter()
         self.observers.stage("search", ended - embedded)
-        total, total_is_exact = self._total(collection, search, len(result.hits), len(exclude))
         return Answer(
             query_id=uuid.uuid4().hex,
             collection=name,
             generation=result.generation,
             model=collection.fingerprint,
             hits=result.hits,
-            total=total,
-            total_is_exact=total_is_exact and not result.approximate,
+            total=result.total,
+            total_is_exact=result.total_is_exact,
+            next_cursor=result.next_cursor,
             approximate=result.approximate,
             embed_ms=1000 * (embedded - started),
             search_ms=1000 * (ended - embedded),
             took_ms=1000 * (time.perf_counter() - started),
         )
-
-    @staticmethod
-    def _total(collection: Collection, search: Search, found: int, excluded: int) -> tuple[int, bool]:
-        """How many items qualify, and whether that is all of them or only those seen so far."""
-        if search.score_threshold is None:
-            return max(len(collection) - excluded, 0), True
-        return search.offset + found, found < search.limit and (found > 0 or search.offset == 0)
 
     def _query_vector(self, collection: Collection, query: Query) -> Vector:
         base = None
@@ -448,10 +454,20 @@ class Engine:
         """Forget these items; how many were there."""
         return self._writable(name).delete(ids)
 
+    def delete_matching(self, name: str, filter: FilterLike) -> int:
+        """Forget the items that pass a filter; how many there were. Raises FilterInvalid for an empty one."""
+        return self._writable(name).delete_matching(filter)
+
     def scroll(
-        self, name: str, *, after: str | None = None, limit: int = 100, with_vector: bool = False
+        self,
+        name: str,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        with_vector: bool = False,
+        filter: FilterLike | None = None,
     ) -> tuple[list[Item], str | None]:
-        return self.collection(name).scroll(after=after, limit=limit, with_vector=with_vector)
+        return self.collection(name).scroll(after=after, limit=limit, with_vector=with_vector, filter=filter)
 
     def picture(self, name: str, id: str) -> bytes:
         """The picture as it was given. Raises UnknownItem, ImageNotKept."""

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dml.cli import keeping
+from dml.cli.shown import describe_index, print_json
+
 if TYPE_CHECKING:
     from dml.collection.build import Progress, Report, Settings
     from dml.collection.local import LocalCollection
@@ -311,25 +314,6 @@ def info(collection: CollectionFolder, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(collection: CollectionFolder, as_json: Json = False) -> None:
-    """Read everything and compare it with its checksums; exit code 1 when something is wrong."""
-    from dml.collection import open_collection
-
-    with open_collection(collection, read_only=True) as there:
-        problems, count = there.verify(), len(there)
-    if as_json:
-        print_json({"items": count, "problems": problems})
-    elif problems:
-        for problem in problems:
-            typer.echo(problem)
-        typer.echo(f"{len(problems)} problems", err=True)
-    else:
-        typer.echo(f"{count:,} items, everything fits its checksums")
-    if problems:
-        raise typer.Exit(1)
-
-
-@app.command()
 def root(
     collection: CollectionFolder,
     name: Annotated[str, typer.Argument(help='Name of the root, as "dml index info" lists it.')],
@@ -344,6 +328,10 @@ def root(
     with open_collection(collection, merge="manual") as there:
         there.set_root(name, folder)
     typer.echo(f"{name} = {folder.absolute()}")
+
+
+for command in keeping.COMMANDS:
+    app.command()(command)
 
 
 # Parts of the commands
@@ -531,23 +519,3 @@ def show_sync(report: "SyncReport", *, as_json: bool) -> None:
     show_work(report.imported)
     if report.imported.index:
         typer.echo(describe_index(report.imported.index))
-
-
-def describe_index(built: Any) -> str:
-    """One line about a built index and what was measured."""
-    measured = built.get("measured")
-    if built["exact"]:
-        quality = "exact"
-    elif measured:
-        quality = f"recall@10 {measured['recall_at_10']:.4f} over {measured['queries']} held-out queries"
-    else:
-        quality = "approximate, recall not measured"
-    return (
-        f"index {built['kind']} over {built['count']:,} items: {quality}, built in {built['seconds']:.1f} s"
-    )
-
-
-def print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))

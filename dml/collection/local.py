@@ -294,6 +294,13 @@ class LocalCollection:
             self._state = replace(state, sequence=sequence)
             return item
 
+    def rename(self, name: str) -> None:
+        """Call it by another name; its folder stays. Raises UsageError, ReadOnly, StorageError."""
+        if not name.strip():
+            raise UsageError("a collection needs a name")
+        with self._turn():
+            self._save_manifest(self.manifest.with_(name=name))
+
     def set_root(self, name: str, folder: str | Path) -> None:
         """Say where the referenced pictures of the root `name` are now. Raises ReadOnly, StorageError."""
         with self._write():
