@@ -53,7 +53,7 @@ CREATE TABLE items (
     picture_root TEXT,
     crc INTEGER NOT NULL
 );
-CREATE INDEX items_sequence ON items (sequence);
+CREATE INDEX IF NOT EXISTS items_sequence ON items (sequence);
 CREATE INDEX items_stored ON items (picture_sha256) WHERE picture_kind = 'stored';
 CREATE TABLE vectors (row INTEGER PRIMARY KEY, vector BLOB NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE removed (row INTEGER PRIMARY KEY, sequence INTEGER NOT NULL);
