@@ -61,6 +61,7 @@ class Hit:
     payload: Mapping[str, Any] = field(default_factory=dict)
     image: str | None = None  # path of the picture on the service
     vector: NDArray[np.float32] | None = None
+    group: str | int | float | bool | None = None  # what it was grouped by
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class SearchAnswer:
     model: str
     total: int
     total_is_exact: bool
+    next_cursor: str | None
     approximate: bool
     took_ms: float
 
@@ -191,6 +193,10 @@ class Client:
         with_vector: bool = False,
         exact: bool = False,
         effort: int | None = None,
+        filter: Mapping[str, Any] | None = None,
+        group_by: str | None = None,
+        group_size: int = 1,
+        cursor: str | None = None,
     ) -> SearchAnswer:
         """The items nearest to a picture, an item or a vector (one of them), or to examples; or to both.
 
@@ -200,6 +206,9 @@ class Client:
             score_threshold: leave out hits of a lower cosine similarity.
             exact: compare with every item, whatever the index.
             effort: how hard an approximate index looks.
+            filter: {"must": […], "should": […], "must_not": […]} of conditions on the payload.
+            group_by: a path in the payload: the `limit` best groups, of each `group_size` hits.
+            cursor: "*" starts a walk through all hits; `next_cursor` of an answer goes on with it.
         """
         examples = {"positive": list(positive), "negative": list(negative)}
         query: dict[str, Any] = {name: ids for name, ids in examples.items() if ids}
@@ -210,8 +219,10 @@ class Client:
             "with_vector": with_vector,
             "params": {"exact": exact} | ({} if effort is None else {"effort": effort}),
         }
-        if score_threshold is not None:
-            options["score_threshold"] = score_threshold
+        further = {"score_threshold": score_threshold, "filter": filter, "cursor": cursor}
+        options |= {name: value for name, value in further.items() if value is not None}
+        if group_by is not None:
+            options |= {"group_by": group_by, "group_size": group_size}
         place = f"{self._place(collection)}/search"
         if image is not None and id is None and vector is None:
             params = json.dumps({**options, "query": query})
@@ -303,11 +314,25 @@ class Client:
         found = self._json("POST", f"{self._place(collection)}/items/delete", json={"ids": list(ids)})
         return int(found["deleted"])
 
-    def items(self, collection: str, *, with_vector: bool = False, page: int = 500) -> Iterator[Item]:
-        """All items in the order of their ids, fetched `page` at a time."""
+    def delete_matching(self, collection: str, filter: Mapping[str, Any]) -> int:
+        """Forget the items that pass a filter; how many there were."""
+        body = {"filter": dict(filter)}
+        return int(self._json("POST", f"{self._place(collection)}/items/delete", json=body)["deleted"])
+
+    def items(
+        self,
+        collection: str,
+        *,
+        with_vector: bool = False,
+        page: int = 500,
+        filter: Mapping[str, Any] | None = None,
+    ) -> Iterator[Item]:
+        """All items, or those that pass a filter, in the order of their ids, fetched `page` at a time."""
         cursor: str | None = None
         while True:
             params: dict[str, Any] = {"limit": page, "with_vector": with_vector}
+            if filter is not None:
+                params["filter"] = json.dumps(filter)
             if cursor is not None:
                 params["cursor"] = cursor
             found = self._json("GET", f"{self._place(collection)}/items", params=params)
@@ -316,8 +341,10 @@ class Client:
             if cursor is None:
                 return
 
-    def count(self, collection: str) -> int:
-        return int(self._json("POST", f"{self._place(collection)}/count", json={})["count"])
+    def count(self, collection: str, filter: Mapping[str, Any] | None = None) -> int:
+        """How many items there are, or pass a filter."""
+        body = {} if filter is None else {"filter": dict(filter)}
+        return int(self._json("POST", f"{self._place(collection)}/count", json=body)["count"])
 
     def image(self, collection: str, id: str, *, size: Literal["thumb", "full"] = "full") -> bytes:
         """The picture of an item: as it was given, or small."""
@@ -443,6 +470,7 @@ def hit(entry: Mapping[str, Any]) -> Hit:
         payload=entry.get("payload", {}),
         image=entry.get("image"),
         vector=vector_of(entry),
+        group=entry.get("group"),
     )
 
 

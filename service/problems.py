@@ -101,8 +101,8 @@ CATALOGUE: dict[str, Kind] = {
         ),
         Kind(
             "cursor-expired", 410, "The cursor is no longer valid",
-            "The pages that this cursor belongs to have changed since it was given.",
-            "Start again without a cursor.",
+            "The state of the collection that its pages come from is not kept any more: it is for minutes.",
+            'Start again: with the cursor "*", or without one.',
         ),
         Kind(
             "body-too-large", 413, "The body is too large",
@@ -153,13 +153,13 @@ CATALOGUE: dict[str, Kind] = {
         ),
         Kind(
             "filter-invalid", 422, "The filter cannot be used",
-            "The filter has a condition that is unknown or does not fit the payload.",
+            "The filter has a condition that is unknown, or not written as it should be.",
             "'errors' names the condition.",
         ),
         Kind(
             "cursor-invalid", 422, "This is not a cursor",
-            "The cursor was not given out by this service, or was changed on the way.",
-            "Send next_cursor exactly as it came, or start without a cursor.",
+            "The cursor was not given out by this service, was changed on the way, or is of another search.",
+            "Send next_cursor exactly as it came, with the same search; or start again.",
         ),
         Kind(
             "not-available", 422, "Known, but not available here",
@@ -218,6 +218,7 @@ KIND_OF: dict[type[errors.DmlError], str] = {
     errors.ImageNotKept: "image-not-kept",
     errors.ModelMismatch: "model-mismatch",
     errors.FilterInvalid: "filter-invalid",
+    errors.CursorInvalid: "cursor-invalid",
     errors.CursorExpired: "cursor-expired",
     errors.CollectionLocked: "collection-locked",
     errors.ReadOnly: "read-only",
@@ -323,6 +324,8 @@ def extras_of(error: Exception) -> dict[str, Any]:
         return {"expected": error.expected, "given": error.given}
     if isinstance(error, PayloadTooLarge):
         return {"limit": error.limit, "errors": [field_error("/payload", str(error))]}
+    if isinstance(error, errors.FilterInvalid):
+        return {"errors": [field_error(f"/filter{error.pointer}", error.detail)]}
     return {}
 
 

@@ -63,9 +63,14 @@ class SearchOptions(Request):
     with_payload: bool = True
     with_vector: bool = False
     params: SearchTuning = SearchTuning()
-    filter: dict[str, Any] | None = None
-    group_by: str | None = None
-    cursor: str | None = None
+    filter: dict[str, Any] | None = Field(default=None, description="must, should, must_not; see the docs")
+    group_by: str | None = Field(
+        default=None, max_length=512, description="A path in the payload; limit and offset count groups then"
+    )
+    group_size: int = Field(default=1, ge=1, le=100, description="Hits of each group")
+    cursor: str | None = Field(
+        default=None, max_length=1024, description='"*" starts a walk, next_cursor goes on with it'
+    )
     match_rate: float | None = Field(default=None, gt=0, lt=1)
 
 
@@ -133,7 +138,7 @@ class HitAnswer(BaseModel):
     label: str | None = None
     payload: dict[str, Any] | None = None
     vector: list[float] | None = None
-    group: str | None = None
+    group: str | int | float | bool | None = Field(default=None, description="What it was grouped by")
     match_probability: float | None = None
     image: str | None = Field(
         description="Address of the picture (add size=thumb for a small one); null: none kept"
@@ -149,9 +154,9 @@ class SearchAnswer(BaseModel):
     metric: Literal["cosine"]
     higher_is_better: Literal[True]
     hits: list[HitAnswer]
-    total: int = Field(description="Items that qualify; a lower bound unless total_is_exact")
+    total: int = Field(description="Items (or groups) that qualify; a lower bound unless total_is_exact")
     total_is_exact: bool
-    next_cursor: str | None
+    next_cursor: str | None = Field(description="Where the next page of a walk starts; null at its end")
     approximate: bool = Field(description="Whether a true neighbour may be missing")
     took_ms: float
 

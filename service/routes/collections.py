@@ -16,7 +16,6 @@ from service.routes.parts import (
     cursor_of,
     in_thread,
     read_json,
-    refuse_filter,
     takes,
 )
 from service.schemas import CollectionAnswer, CollectionsAnswer, CountAnswer, CountRequest, ModelsAnswer
@@ -78,11 +77,11 @@ def summary(engine: Engine, name: str) -> dict[str, Any]:
     "/collections/{collection}/count", response_model=CountAnswer, openapi_extra=takes(json=CountRequest)
 )
 async def count(request: Request, engine: Ready, name: Name) -> Response:
-    """How many items there are."""
+    """How many items there are, or pass a filter."""
     asked = await read_json(request, CountRequest)
     engine.collection(name)
-    refuse_filter(asked.filter)
-    return answer({"count": await in_thread(request, lambda: engine.count(name)), "exact": True})
+    found = await in_thread(request, lambda: engine.count(name, asked.filter))
+    return answer({"count": found, "exact": True})
 
 
 @router.get("/collections/{collection}", response_model=CollectionAnswer)

@@ -19,13 +19,13 @@ from service.routes.parts import (
     check_payload,
     content_type,
     cursor_of,
+    filter_in_query,
     from_base64,
     in_thread,
     item_answer,
     parse,
     read_form,
     read_json,
-    refuse_filter,
     refuse_type,
     takes,
 )
@@ -57,11 +57,10 @@ async def scroll(
     with_vector: bool = False,
     filter: Annotated[str | None, Query(description="A filter as JSON")] = None,
 ) -> Response:
-    """All items in the order of their ids, page by page."""
-    refuse_filter(filter)
-    after = after_of(cursor)
+    """All items, or those that pass a filter, in the order of their ids, page by page."""
+    after, asked = after_of(cursor), filter_in_query(filter)
     items, following = await in_thread(
-        request, lambda: engine.scroll(name, after=after, limit=limit, with_vector=with_vector)
+        request, lambda: engine.scroll(name, after=after, limit=limit, with_vector=with_vector, filter=asked)
     )
     shown = [item_answer(name, item) for item in items]
     return answer({"items": shown, "next_cursor": cursor_of(following)})
@@ -69,13 +68,16 @@ async def scroll(
 
 @router.post("/delete", response_model=DeletedAnswer, openapi_extra=takes(json=DeleteRequest))
 async def delete_many(request: Request, engine: Ready, settings: Limits, name: Name) -> Response:
-    """Forget several items; ids that are not there count for nothing."""
+    """Forget several items, by their ids or by a filter; ids that are not there count for nothing."""
     asked = await read_json(request, DeleteRequest)
-    refuse_filter(asked.filter)
-    ids = asked.ids or []
+    ids, filter = asked.ids or [], asked.filter
     if len(ids) > settings.max_ids:
         raise invalid("/ids", f"has {len(ids)} ids; at most {settings.max_ids} are allowed")
-    return answer({"deleted": await in_thread(request, lambda: engine.delete_many(name, ids))})
+
+    def delete() -> int:
+        return engine.delete_many(name, ids) if filter is None else engine.delete_matching(name, filter)
+
+    return answer({"deleted": await in_thread(request, delete)})
 
 
 @router.get(

@@ -14,7 +14,8 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from dml.collection.base import Item, PayloadTooLarge
-from dml.errors import NotAvailable
+from dml.collection.filters import Filter, parse_filter
+from dml.errors import FilterInvalid, NotAvailable
 from service.engine import Engine
 from service.problems import Problem, field_error, from_validation, invalid
 from service.settings import Settings
@@ -188,12 +189,15 @@ def not_available(name: str, need: str) -> Problem:
     return Problem("not-available", f"{name}: {need}", missing=name, errors=[field_error(f"/{name}", need)])
 
 
-def refuse_filter(given: object) -> None:
-    """Filters need a filter planner, which collections of this version do not have."""
-    if given is not None:
-        raise not_available(
-            "filter", "filters on the payload are not available in this version; leave it out."
-        )
+def filter_in_query(text: str | None) -> Filter:
+    """The filter in the query string of an address: JSON. Raises Problem."""
+    try:
+        return parse_filter(None if text is None else json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise invalid("/filter", f"not valid JSON: {error}", where="query") from None
+    except FilterInvalid as error:
+        place = field_error(f"/filter{error.pointer}", error.detail, where="query")
+        raise Problem("filter-invalid", str(error), errors=[place]) from None
 
 
 def model_missing(error: NotAvailable) -> Problem:

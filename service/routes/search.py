@@ -1,5 +1,6 @@
 """What looks like this?"""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -16,6 +17,7 @@ from service.routes.parts import (
     Name,
     Ready,
     answer,
+    filter_in_query,
     from_base64,
     image_address,
     in_thread,
@@ -23,7 +25,6 @@ from service.routes.parts import (
     parse,
     read_form,
     read_json,
-    refuse_filter,
     takes,
 )
 from service.schemas import (
@@ -109,11 +110,12 @@ async def similar(
 ) -> Response:
     """More like this item, without the item itself."""
     engine.collection(name)
-    refuse_filter(filter)
     asked = SearchOptions(
         limit=limit, offset=offset, score_threshold=score_threshold, with_payload=with_payload
     )
-    wanted = to_search(asked, QuerySpec.model_construct(id=id), settings)
+    wanted = replace(
+        to_search(asked, QuerySpec.model_construct(id=id), settings), filter=filter_in_query(filter)
+    )
     return reply(await in_thread(request, lambda: engine.search(name, wanted)), asked)
 
 
@@ -156,16 +158,15 @@ def to_search(
         exact=asked.params.exact,
         effort=asked.params.effort,
         with_vector=asked.with_vector,
+        filter=asked.filter,
+        group_by=asked.group_by,
+        group_size=asked.group_size,
+        cursor=asked.cursor,
     )
 
 
 def refuse_unavailable(asked: SearchOptions) -> None:
     """Fields of the API that this version answers 422 "not-available" to. Raises Problem."""
-    refuse_filter(asked.filter)
-    if asked.group_by is not None:
-        raise not_available("group_by", "grouping is not available in this version; leave it out.")
-    if asked.cursor is not None:
-        raise not_available("cursor", "searches have no cursors in this version; use offset (to 10,000).")
     if asked.match_rate is not None:
         raise not_available(
             "match_rate", "a rate of false matches needs a calibrated collection; use score_threshold."
@@ -189,7 +190,7 @@ def search_answer(found: Answer, asked: SearchOptions) -> dict[str, Any]:
         "hits": [hit_answer(found.collection, hit, asked) for hit in found.hits],
         "total": found.total,
         "total_is_exact": found.total_is_exact,
-        "next_cursor": None,
+        "next_cursor": found.next_cursor,
         "approximate": found.approximate,
         "took_ms": round(found.took_ms, 3),
     }
@@ -203,5 +204,7 @@ def hit_answer(collection: str, hit: Hit, asked: SearchOptions) -> dict[str, Any
         shown["payload"] = dict(hit.item.payload)
     if asked.with_vector and hit.item.vector is not None:
         shown["vector"] = hit.item.vector.tolist()
+    if hit.group is not None:
+        shown["group"] = hit.group
     shown["image"] = image_address(collection, hit.item)
     return shown
