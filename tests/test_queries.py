@@ -119,7 +119,7 @@ def test_a_search_under_a_filter_is_the_best_of_what_passes(kind, shop, few, mon
             assert (result.total, result.total_is_exact) == (len(best), True)
             assert set(ids_of(result)) <= set(best)
             assert len(result.hits) == min(7, len(best))
-            many = len(best) > max(few, 0.01 * len(collection)) or len(best) == len(collection)
+            many = len(best) > max(few, 0.03 * len(collection)) or len(best) == len(collection)
             assert result.approximate == (kind in ("hnsw", "ivf") and many)
             if not result.approximate:
                 assert ids_of(result) == best[:7]

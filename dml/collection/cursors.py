@@ -7,6 +7,7 @@ meanwhile. A few states are kept, for minutes: a read transaction keeps SQLite's
 
 import base64
 import binascii
+import hashlib
 import hmac
 import json
 import secrets
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from dml.collection.base import SearchResult
 from dml.collection.generation import Generation
@@ -34,8 +37,12 @@ IDLE_SECONDS = 120.0
 AGE_SECONDS = 900.0
 """and every state after this time."""
 
-MOST_RANKINGS = 16
-"""Rankings remembered per state, so that a page does not repeat the search of the page before."""
+MOST_WALKS = 64
+"""Walks through one state."""
+
+SAME = 1e-3
+"""Vectors that are no further apart are the same query: a picture that is embedded again, among others, may
+differ in the last digits."""
 
 FIRST_RANKING = 1000
 """Hits that are ranked at once; then four times as many, …"""
@@ -47,6 +54,15 @@ class Place(NamedTuple):
     generation: int
     offset: int
     digest: str  # of the query that it belongs to
+    walk: str
+
+
+@dataclass
+class Walk:
+    """What a walk goes along: its query as it was first, and the hits as far as they have been ranked."""
+
+    vector: Vectors  # (1, D)
+    ranking: Ranking | None = None
 
 
 @dataclass
@@ -59,7 +75,7 @@ class Pin:
     since: float
     used: float
     lock: threading.Lock = field(default_factory=threading.Lock)
-    rankings: OrderedDict[str, Ranking] = field(default_factory=OrderedDict)
+    walks: OrderedDict[str, Walk] = field(default_factory=OrderedDict)
     closed: bool = False
 
 
@@ -93,21 +109,24 @@ class Walks:
             raise UsageError(f"a cursor belongs to one query, got {len(vector)} vectors")
         if query.offset or query.group_by is not None:
             raise UsageError("a search with a cursor has no offset and no group_by; leave them out")
-        query, digest = replace(query, exact=True, effort=None), query.digest(vector)
+        digest = query.digest()
         place = None if cursor == START else self._read(cursor, digest)
         pin = self._present() if place is None else self._pinned(place.generation)
         offset = 0 if place is None else place.offset
+        query = replace(query, exact=True, effort=None, offset=offset)
         with pin.lock:
             if pin.closed:
                 raise expired()
-            searcher = Searcher(pin.db, pin.state, self._row_sets, replace(query, offset=offset))
-            ranking = ranked(pin, searcher, vector, digest, count=offset + query.limit + 1)
+            name = hashlib.sha256(digest.encode() + vector.tobytes()).hexdigest()[:16]
+            walk = begun(pin, name, vector) if place is None else under_way(pin, place.walk, vector)
+            searcher = Searcher(pin.db, pin.state, self._row_sets, query)
+            ranking = ranked(walk, searcher, count=offset + query.limit + 1)
             result = searcher.page(ranking)
         end = offset + len(result.hits)
         if end >= len(ranking.rows):
             return result
-        place = Place(result.generation, end, digest)
-        return replace(result, next_cursor=self._written(place))
+        following = Place(result.generation, end, digest, name if place is None else place.walk)
+        return replace(result, next_cursor=self._written(following))
 
     def sweep(self) -> None:
         """Let go of what is too old, or has not been used; never waits for a page that is being made."""
@@ -197,23 +216,37 @@ class Walks:
         if not hmac.compare_digest(raw[:16], self._seal(raw[16:])):
             raise CursorInvalid("The cursor has been changed. Send next_cursor exactly as it came.")
         if place.digest != digest:
-            raise CursorInvalid(
-                "The cursor belongs to another search. Only the limit may change on the way: query, filter, "
-                "threshold and exclusions stay as they were."
-            )
+            raise another_search()
         return place
 
 
-def ranked(pin: Pin, searcher: Searcher, vector: Vectors, digest: str, *, count: int) -> Ranking:
+def begun(pin: Pin, name: str, vector: Vectors) -> Walk:
+    """A walk at its start."""
+    walk = pin.walks.setdefault(name, Walk(vector))
+    pin.walks.move_to_end(name)
+    if len(pin.walks) > MOST_WALKS:
+        pin.walks.popitem(last=False)
+    return walk
+
+
+def under_way(pin: Pin, name: str, vector: Vectors) -> Walk:
+    """A walk that goes on. Raises CursorExpired, and CursorInvalid for another query."""
+    if name not in pin.walks:
+        raise expired()
+    pin.walks.move_to_end(name)
+    walk = pin.walks[name]
+    if np.linalg.norm(walk.vector - vector) > SAME:
+        raise another_search()
+    return walk
+
+
+def ranked(walk: Walk, searcher: Searcher, *, count: int) -> Ranking:
     """The ranking of a walk, as far as it is needed or further."""
-    known = pin.rankings.get(digest)
+    known = walk.ranking
     if known is None or not (known.complete or len(known.rows) >= count):
         ahead = FIRST_RANKING if known is None else 4 * len(known.rows)
-        [known] = searcher.ranked(vector, max(ahead, count))
-        pin.rankings[digest] = known
-    pin.rankings.move_to_end(digest)
-    while len(pin.rankings) > MOST_RANKINGS:
-        pin.rankings.popitem(last=False)
+        [known] = searcher.ranked(walk.vector, max(ahead, count))
+        walk.ranking = known
     return known
 
 
@@ -222,6 +255,13 @@ def release(pin: Pin) -> None:
     with pin.lock:
         pin.closed = True
         pin.held.close()
+
+
+def another_search() -> CursorInvalid:
+    return CursorInvalid(
+        "The cursor belongs to another search. Only the limit may change on the way: query, filter, "
+        "threshold and exclusions stay as they were."
+    )
 
 
 def expired() -> CursorExpired:
