@@ -6,6 +6,7 @@
     python -m eval.speed statistics
     python -m eval.speed metrics --rows 10000 60000 --per-class 20 600
     python -m eval.speed memory --rows 120000 --limit-gib 2
+    python -m eval.speed filters --rows 100000 --dim 128 --kinds hnsw ivf
 
 Every contender gets the same inputs and threads and must compute the same; repeats alternate between the
 contenders, so that a busy neighbour slows all of them; what counts are medians and ratios inside one run.
@@ -21,8 +22,8 @@ from typing import Any
 from dml.errors import DmlError
 from eval.speed import race
 
-TABLES = ("losses", "bank", "statistics", "metrics", "memory")
-REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1}
+TABLES = ("losses", "bank", "statistics", "metrics", "memory", "filters")
+REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1, "filters": 200}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--pictures", type=int, default=16, help="statistics: pictures in the step")
     usage.add_argument("--size", type=int, default=224, help="statistics: their side in pixels")
     usage.add_argument("--limit-gib", type=float, help="memory: of the process; else what a call may take")
+    usage.add_argument("--kinds", nargs="+", default=["hnsw", "ivf"], help="filters: kinds of index")
+    usage.add_argument("--vectors", type=Path, help="filters: (N, D) unit vectors in a .npy file")
     usage.add_argument("--patience", type=float, default=120, help="seconds a first call may take")
     usage.add_argument("--out", type=Path, help="JSON file")
     return usage
@@ -161,6 +164,27 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def filters(args: argparse.Namespace) -> dict[str, Any]:
+    import numpy as np
+
+    from eval.speed.filters import speed_of_filters
+
+    return speed_of_filters(
+        rows=(args.rows or [100_000])[0],
+        dim=args.dim,
+        kinds=args.kinds,
+        queries=args.repeats,
+        vectors=None if args.vectors is None else np.load(args.vectors),
+        say=say,
+    )
+
+
+def print_filters(result: Mapping[str, Any]) -> str:
+    from eval.speed import filters
+
+    return filters.print_filters(result)
+
+
 def print_losses(result: Mapping[str, Any]) -> str:
     lines = [race.heading(result["machine"], result["repeats"])]
     for group in result["groups"]:
@@ -228,6 +252,7 @@ RUN: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "statistics": class_statistics,
     "metrics": metrics,
     "memory": memory,
+    "filters": filters,
 }
 PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "losses": print_losses,
@@ -235,6 +260,7 @@ PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "statistics": print_statistics,
     "metrics": print_metrics,
     "memory": lambda result: json.dumps(result, indent=1),
+    "filters": print_filters,
 }
 
 if __name__ == "__main__":
