@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -18,8 +18,10 @@ from starlette.routing import Route
 from dml import __version__
 from dml.errors import DmlError
 from service import problems, schemas
+from service.auth import NEEDED, Gate, authorize
 from service.batching import WorkerPool
 from service.engine import Engine
+from service.keys import Keys, Scope
 from service.metrics import Metrics
 from service.middleware import Envelope
 from service.routes import ROUTERS
@@ -34,6 +36,7 @@ def create_app(
     engine: Engine | Callable[[], Engine],
     settings: Settings | None = None,
     *,
+    keys: Keys | None = None,
     on_ready: Callable[[Engine], None] = lambda engine: None,
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
@@ -43,6 +46,7 @@ def create_app(
         engine: the engine, or what makes it. It is then made in a thread after the start, while requests are
             answered 503 "not-ready".
         settings: limits and switches; left out, an engine's own, else the defaults.
+        keys: the API keys. None: everybody who reaches the service may do everything.
         on_ready: called once the engine is there.
         on_failure: called when it cannot be made; without it, the service stays up and not ready.
     """
@@ -71,10 +75,15 @@ def create_app(
     app.state.engine, app.state.settings, app.state.pool = None, settings, pool
     app.state.metrics = metrics = Metrics(sizes=lambda: _sizes(app), pending=lambda: pool.taken)
     app.state.methods = methods
+    app.state.gate = Gate(
+        find=keys.find if keys else lambda text: None,
+        keys_exist=keys.any if keys else lambda: False,
+        settings=settings,
+    )
     if ready is not None:
         _adopt(app, ready)
     for router in ROUTERS:
-        app.include_router(router, responses=PROBLEM_RESPONSE)
+        app.include_router(router, responses=PROBLEM_RESPONSE, dependencies=[Depends(authorize)])
     for kind in (DmlError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, problems.handle)
     app.add_middleware(Envelope, settings=settings, metrics=metrics)
@@ -138,5 +147,24 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         components = document.setdefault("components", {}).setdefault("schemas", {})
         components.update(definitions["$defs"])
+        _describe_keys(document)
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _describe_keys(document: dict[str, Any]) -> None:
+    """Which operation needs a key, and of what scope."""
+    schemes = document["components"]["securitySchemes"] = {
+        "bearer": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "An API key, where the service has keys",
+        },
+        "api-key": {"type": "apiKey", "in": "header", "name": "api-key", "description": "The same key"},
+    }
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            needed = NEEDED.get((method.upper(), path.replace("{id}", "{id:path}")), Scope.ADMIN)
+            if needed is not None:
+                operation["security"] = [{}, *({name: []} for name in schemes)]
+                operation["x-scope"] = str(needed)

@@ -1,5 +1,6 @@
-"""What wraps every request: its id, path, guards of host and size, security headers, log line and count."""
+"""What wraps every request: its id, path, guards of host, sender and body, headers, log line and count."""
 
+import asyncio
 import re
 import time
 import traceback
@@ -9,19 +10,25 @@ from urllib.parse import quote, unquote_to_bytes
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.hosts import check_host
 from service.metrics import Metrics
+from service.origins import check_sender, is_preflight, sharing_headers
 from service.problems import Problem, problem_of, respond
 from service.settings import Settings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": NOTHING,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), display-capture=(), geolocation=(), microphone=()",
 }
 """On every answer; the page sets a policy of its own."""
 
@@ -42,14 +49,18 @@ class Envelope:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state: dict[str, Any] = scope.setdefault("state", {})
-        state.update(request_id=request_id, problem=None)
+        state.update(request_id=request_id, problem=None, key=None, headers={})
+        origins = self.settings.cors_origins
+        preflight = is_preflight(scope["method"], headers, origins)
         status: list[int] = []
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status.append(message["status"])
                 outgoing = MutableHeaders(raw=message.setdefault("headers", []))
-                outgoing["X-Request-Id"] = request_id
+                shared = sharing_headers(headers, origins, preflight=preflight)
+                for name, value in {**shared, **state["headers"], "X-Request-Id": request_id}.items():
+                    outgoing[name] = value
                 for name, value in SAFE_HEADERS.items():
                     outgoing.setdefault(name, value)
             await send(message)
@@ -57,7 +68,16 @@ class Envelope:
         try:
             scope["path"] = single_segments(scope)
             check_host(headers.getlist("host"), self.settings.allow_hosts)
-            guard = BodyGuard(receive, headers, limit=self.settings.max_body_bytes)
+            if preflight:
+                await Response(status_code=204)(scope, receive, send_marked)
+                return
+            check_sender(scope["method"], headers, origins)
+            guard = BodyGuard(
+                receive,
+                headers,
+                limit=self.settings.max_body_bytes,
+                seconds=self.settings.body_seconds,
+            )
             await self.app(scope, guard, send_marked)
         except Exception as error:
             problem = problem_of(error)
@@ -90,29 +110,48 @@ class Envelope:
             ms=round(1000 * seconds, 1),
             request_id=state["request_id"],
             client=client[0] if client else None,
-            **({"problem": state["problem"]} if state["problem"] else {}),
+            **{name: state[name] for name in ("key", "problem") if state[name]},
         )
 
 
 class BodyGuard:
-    """A `receive` that stops a body as soon as it is longer than allowed, declared or not.
+    """A `receive` that stops a body that is longer than allowed, declared or not, or that takes too long.
+
+    Args:
+        limit: bytes of the body.
+        seconds: until the whole body has to be there.
 
     Raises:
         Problem: "image-too-large" for uploads, "body-too-large" for the rest; before a byte is read when the
-            length was declared.
+            length was declared. "too-slow".
     """
 
-    def __init__(self, receive: Receive, headers: Headers, *, limit: int) -> None:
-        self._receive, self._limit, self._seen = receive, limit, 0
+    def __init__(self, receive: Receive, headers: Headers, *, limit: int, seconds: float) -> None:
+        self._receive, self._limit, self._seconds = receive, limit, seconds
+        self._seen, self._whole = 0, False
+        self._end: float | None = None
         self._upload = headers.get("content-type", "").startswith(("multipart/", "image/"))
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > limit:
             raise self._problem(f"{int(declared[:20]):,} bytes")
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        if self._whole:  # what follows is only the news that the client has gone
+            return await self._receive()
+        if self._end is None:
+            self._end = asyncio.get_running_loop().time() + self._seconds
+        try:
+            async with asyncio.timeout_at(self._end):
+                message = await self._receive()
+        except TimeoutError:
+            raise Problem(
+                "too-slow",
+                f"The body did not arrive within {self._seconds:g} s; {self._seen:,} bytes of it came.",
+                headers={"Connection": "close"},
+            ) from None
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
             if self._seen > self._limit:
                 raise self._problem("more")
         return message

@@ -47,12 +47,19 @@ CATALOGUE: dict[str, Kind] = {
         Kind(
             "unauthorized", 401, "A key is needed",
             "This service asks for an API key, and the request brought none that is known.",
-            "Send the key as 'Authorization: Bearer KEY' or as 'api-key: KEY'.",
+            "Send the key as 'Authorization: Bearer KEY' or as 'api-key: KEY'. One that was right before has"
+            " expired or been revoked; the operator makes keys with `dml keys add`.",
         ),
         Kind(
             "forbidden", 403, "The key does not allow this",
             "The key is known, but its scope (search, write, admin) does not reach this far.",
             "Ask the operator for a key of the scope named in the answer.",
+        ),
+        Kind(
+            "cross-origin", 403, "Sent by another website's page",
+            "A browser says that a page of another origin sent this. Such a page could have the visitor's"
+            " browser change collections, so it may not, unless the operator allows its origin.",
+            "Ask from a program, from the page of the service, or have the origin added with --cors-origin.",
         ),
         Kind(
             "read-only", 403, "The collection is read-only",
@@ -88,6 +95,11 @@ CATALOGUE: dict[str, Kind] = {
             "method-not-allowed", 405, "This method is not offered here",
             "The address exists, but not for this method.",
             "Use one of the methods listed as 'allowed'.",
+        ),
+        Kind(
+            "too-slow", 408, "The request did not arrive in time",
+            "The head or the body of the request came so slowly that the service stopped waiting.",
+            "Send it again over a better line, or a smaller picture.",
         ),
         Kind(
             "model-mismatch", 409, "Another encoder made these vectors",
@@ -168,8 +180,15 @@ CATALOGUE: dict[str, Kind] = {
         ),
         Kind(
             "rate-limited", 429, "Too many requests",
-            "This key has used up its requests for now.",
-            "Wait as long as Retry-After says.", retry_after=1,
+            "The key, or the address without a key, has used up its requests for now; or too many wrong keys"
+            " came from the address.",
+            "Wait as long as Retry-After says. RateLimit tells what is left before that happens.",
+            retry_after=1,
+        ),
+        Kind(
+            "headers-too-large", 431, "The head of the request is too large",
+            "The address and the header lines have more bytes than this service reads.",
+            "Send fewer or shorter headers; long filters and vectors belong in the body.",
         ),
         Kind(
             "internal-error", 500, "The service failed",
@@ -185,6 +204,11 @@ CATALOGUE: dict[str, Kind] = {
             "queue-full", 503, "The service is busy",
             "As many requests wait as may wait.",
             "Wait as long as Retry-After says, then try again, more slowly.", retry_after=1,
+        ),
+        Kind(
+            "too-many-connections", 503, "Too many connections are open",
+            "As many connections are open as may be open.",
+            "Wait as long as Retry-After says, and close connections that are not used.", retry_after=5,
         ),
         Kind(
             "collection-locked", 503, "Another process is writing",
@@ -377,6 +401,8 @@ def respond(problem: Problem, *, instance: str, request_id: str) -> Response:
 async def handle(request: Request, error: Exception) -> Response:
     """Exception handler of the app: any exception to a problem, and its type counted."""
     problem = problem_of(error)
+    if problem.slug == "internal-error":
+        raise error  # nobody foresaw it: the envelope writes its cause to the log
     if problem.slug == "method-not-allowed":
         problem = method_problem(request.app.state.methods(request.scope["path"]))
     state = request.scope["state"]

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 
 from dml.errors import ServiceError, UnknownCollection, UsageError
 from service.app import create_app
 from service.engine import Engine
+from service.keys import Keys
 from service.settings import Settings
+from service.state import default_folder
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK = 1024 * 1024
@@ -35,6 +38,8 @@ def serve(
     port: int = 8000,
     runtime: str = "auto",
     insecure: bool = False,
+    state: Path | None = None,
+    proxies: Sequence[str] = (),
     settings: Settings | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -45,16 +50,21 @@ def serve(
         host, port: where to listen; port 0 takes a free one.
         runtime: "auto", "onnx" or "torch".
         insecure: allow an address that other machines reach, although there are no keys.
+        state: folder with the API keys; left out, the user's.
+        proxies: addresses of reverse proxies, whose word on where a request came from is taken. This
+            machine's own addresses always are such.
         announce: told one line when the service is ready.
 
     Raises:
-        UsageError: no collections, or a public address without `insecure`.
+        UsageError: no collections, or a public address without keys and without `insecure`.
+        StorageError, DamagedFile: there are keys, but they cannot be read.
         ServiceError: the address is taken.
         CollectionError, EncoderError: what is to be served cannot be opened.
     """
     settings = settings or Settings()
     settings = replace(settings, allow_hosts=hosts_of(host, settings.allow_hosts))
-    check_address(host, insecure=insecure)
+    keys = Keys(state or default_folder())
+    check_address(host, insecure=insecure, keys=keys)
     check_paths(paths)
     configure_logs(settings)
     give_back_large_blocks()
@@ -69,24 +79,38 @@ def serve(
         app = create_app(
             lambda: Engine.open(paths, runtime=runtime, settings=settings),
             settings,
-            on_ready=lambda engine: announce(greeting(engine, address)),
+            keys=keys,
+            on_ready=lambda engine: announce(greeting(engine, address, keys_needed=keys.any())),
             on_failure=fail,
         )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                ws="none",
-                timeout_graceful_shutdown=GRACE_SECONDS,
-                lifespan="on",
-            )
-        )
+        server = uvicorn.Server(server_config(app, settings, proxies=proxies))
         with signals_only_end_the_server():
             server.run(sockets=[listening])
+    keys.close()
     if failures:
         raise failures[0]
+
+
+def server_config(app: ASGIApp, settings: Settings, *, proxies: Sequence[str] = ()) -> uvicorn.Config:
+    """The server of `serve`, with the limits of `service.connection` where its parser is installed."""
+    try:
+        from service.connection import limited
+
+        connection: Any = limited(settings)
+    except ModuleNotFoundError:  # no httptools, as on Windows: uvicorn's other parser limits heads by itself
+        connection = "h11"
+    return uvicorn.Config(
+        app,
+        http=connection,
+        h11_max_incomplete_event_size=settings.max_header_bytes,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        forwarded_allow_ips=["127.0.0.1", "::1", *proxies],
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        lifespan="on",
+    )
 
 
 def give_back_large_blocks() -> None:
@@ -113,13 +137,15 @@ def signals_only_end_the_server() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def check_address(host: str, *, insecure: bool) -> None:
-    """Refuse an address that other machines reach. Raises UsageError."""
-    if insecure or is_loopback(host):
+def check_address(host: str, *, insecure: bool, keys: Keys) -> None:
+    """Refuse an address that other machines reach, unless there are keys. Raises UsageError."""
+    if insecure or is_loopback(host) or keys.any():
         return
     raise UsageError(
-        f"Refusing to listen on {host}: other machines could read and change the collections without a key. "
-        f"Use --host 127.0.0.1 with an authenticating proxy in front, or say --insecure on a trusted network."
+        f"Refusing to listen on {host}: without API keys, every machine that reaches it could read and "
+        f"change the collections. Make a key first: dml keys add NAME --scope search. Or use "
+        f"--host 127.0.0.1 with an authenticating proxy in front, or say --insecure on a network that you trust. "
+        f"(No keys in {keys.folder}; --state names another folder.)"
     )
 
 
@@ -172,10 +198,11 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def greeting(engine: Engine, address: str) -> str:
+def greeting(engine: Engine, address: str, *, keys_needed: bool = False) -> str:
     """The one line that says where, and what."""
     shown = [f"{name} ({engine.count(name):,} items)" for name in engine.names()]
-    return f"Serving {', '.join(shown)} at {address} (Ctrl-C stops)"
+    asks = "asks for an API key; " if keys_needed else ""
+    return f"Serving {', '.join(shown)} at {address} ({asks}Ctrl-C stops)"
 
 
 def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:

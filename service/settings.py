@@ -6,8 +6,11 @@ from typing import Literal
 
 from dml.errors import ConfigError
 from service.hosts import check_name
+from service.limits import Rate
+from service.origins import check_origin
 
 MEBIBYTE = 1024 * 1024
+WRONG_KEYS = Rate(20, 60)
 
 
 def usable_cores() -> int:
@@ -55,6 +58,25 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()
     """Names that the service answers to besides 127.0.0.1, localhost and [::1]; none: whatever Host says. On
     a loopback address `dml serve` adds that address, so that no other name is answered to."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins, such as "https://shop.example.org", whose pages may ask the service from a browser; none: only
+    its own page may."""
+    rate: Rate | None = None
+    """What an address may ask without a key; None: as much as it likes. A key has a rate of its own."""
+    failure_rate: Rate = WRONG_KEYS
+    """Wrong keys that an address may send; more are answered 429 unseen. A right key always counts."""
+    open_metrics: bool = False
+    """Answer /metrics without a key also where there are keys."""
+    max_header_bytes: int = 32 * 1024
+    """Address and header lines of a request together; more is answered 431."""
+    header_seconds: float = 10.0
+    """A connection on which no whole head of a request has come by then is closed."""
+    body_seconds: float = 60.0
+    """A body that has not arrived whole by then is answered 408."""
+    stall_seconds: float = 30.0
+    """A client that has taken nothing of its answer for so long is disconnected."""
+    max_connections: int = 1000
+    """Connections that may be open; one more is answered 503 and closed."""
     read_only: bool = False
     """Refuse every write with 403."""
     log_format: Literal["auto", "plain", "json"] = "auto"
@@ -70,5 +92,6 @@ class Settings:
             ):
                 raise ConfigError(f"the service setting {name} must be above 0, got {value}")
         object.__setattr__(self, "allow_hosts", tuple(check_name(name) for name in self.allow_hosts))
+        object.__setattr__(self, "cors_origins", tuple(check_origin(name) for name in self.cors_origins))
         if self.queue < 0:
             raise ConfigError(f"the service setting queue must be at least 0, got {self.queue}")

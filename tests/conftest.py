@@ -19,6 +19,14 @@ SHAPES = ("ellipse", "rectangle", "triangle", "cross", "ring", "bars")
 COLOURS = ((200, 60, 50), (50, 120, 200), (60, 160, 80), (220, 170, 40), (140, 80, 170), (40, 40, 50))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Services of the tests keep their state here, and see no keys of the developer's own."""
+    folder = tmp_path_factory.mktemp("state")
+    os.environ["DML_STATE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def scale() -> int:
     """Multiplies the counts of randomised work: 1 in `make test`, more in the longer tiers."""

@@ -76,10 +76,10 @@ def colour_collection(
 
 
 @contextmanager
-def running(app: ASGIApp) -> Iterator[str]:
+def running(app: ASGIApp, config: uvicorn.Config | None = None) -> Iterator[str]:
     """A real server on a free loopback port, for as long as the block lasts; gives its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=5)
+        config = config or uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

@@ -24,6 +24,7 @@ from dml.errors import ServiceError, UsageError
 from service import run
 from service.app import create_app
 from service.engine import Engine
+from service.keys import Keys, Scope
 from service.settings import Settings
 
 DML = [sys.executable, "-c", "from dml.cli.main import main; main()"]
@@ -116,6 +117,7 @@ import httpx
 from serving import running
 from service.app import create_app
 from service.engine import Engine
+from service.keys import Keys, Scope
 from dml.cli.serve import serve
 engine = Engine.open([Path({str(collection)!r})])
 with running(create_app(engine)) as address:
@@ -145,6 +147,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from serving import ColourEncoder, encoded
 from PIL import Image
 from service.engine import Engine
+from service.keys import Keys, Scope
 from service.run import give_back_large_blocks
 from service.settings import Settings
 
@@ -195,15 +198,19 @@ def test_a_path_cannot_steer_the_terminal_that_shows_the_log(tmp_path, log_forma
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
-def test_a_public_address_is_refused_unless_told(host):
-    with pytest.raises(UsageError, match="--insecure"):
-        run.check_address(host, insecure=False)
-    run.check_address(host, insecure=True)
+def test_a_public_address_is_refused_unless_told_or_kept_by_keys(host, tmp_path):
+    with pytest.raises(UsageError, match=r"dml keys add .* --insecure"):
+        run.check_address(host, insecure=False, keys=Keys(tmp_path))
+    run.check_address(host, insecure=True, keys=Keys(tmp_path))
+    keys = Keys(tmp_path)
+    keys.add("shop", scope=Scope.SEARCH)
+    run.check_address(host, insecure=False, keys=keys)
+    keys.close()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
-def test_loopback_needs_no_permission(host):
-    run.check_address(host, insecure=False)
+def test_loopback_needs_no_permission(host, tmp_path):
+    run.check_address(host, insecure=False, keys=Keys(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "index": ("dml.cli.index:app", "Build and change collections of pictures."),
     "search": ("dml.cli.search:search", "Find the pictures that look like one."),
     "serve": ("dml.cli.serve:serve", "Answer searches over HTTP, with a web page."),
+    "keys": ("dml.cli.keys:app", "Make, list and revoke the API keys of the service."),
     "data": ("dml.cli.data:app", "Check, split and draw data sets."),
     "list": ("dml.cli.catalogue:app", "Say what there is: losses, methods, data sets, trunks, recipes."),
     "demo": ("dml.cli.demo:demo", "Train, index, evaluate and serve, on drawn or on your own pictures."),

@@ -17,6 +17,36 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an address that other machines reach, without keys.")
     ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where the API keys are; left out: $DML_STATE or the user's own."
+        ),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(metavar="N/min", help="What an address may ask without a key; none: no limit."),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="PIXELS", help="Largest picture that is taken; left out: 25 million."),
+    ] = None,
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="Answer /metrics without a key also where there are keys.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="A web origin whose pages may ask from a browser; may be repeated."
+        ),
+    ] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A reverse proxy whose X-Forwarded-For is believed, besides this machine; may be repeated.",
+        ),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,11 +70,13 @@ def serve(
             raise UsageError(f"{name} is one of {', '.join(known)}, got {given}")
     try:
         import fastapi  # noqa: F401  (only to say early what is missing)
+        import limits  # noqa: F401
         import prometheus_client  # noqa: F401
         import structlog  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtra(f"The service needs {error.name}, which", "serve") from None
+    from service.limits import Rate
     from service.run import serve as run
     from service.settings import Settings
 
@@ -54,8 +86,14 @@ def serve(
         port=port,
         runtime=runtime,
         insecure=insecure,
+        state=state,
+        proxies=proxy or (),
         settings=Settings(
+            max_pixels=max_pixels or Settings.max_pixels,
             allow_hosts=tuple(allow_host or ()),
+            cors_origins=tuple(cors_origin or ()),
+            rate=None if rate is None else Rate.parse(rate),
+            open_metrics=open_metrics,
             read_only=read_only,
             log_format=log_format,  # type: ignore[arg-type]
         ),

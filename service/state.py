@@ -1,0 +1,191 @@
+"""What a service remembers beside its collections, in one SQLite file of its state folder.
+
+::
+
+    sections    name · version      one row for each part of the service that keeps tables here
+    keys …      the tables of the parts; a table is called as its section, or begins with its name and "_"
+
+A part of the service declares its tables as a `Section`, with the steps that lead from one version of them to
+the next, so that a new part joins without a change here. API keys are the first (`service.keys`).
+
+Several processes may have the file open: `dml keys` changes it while services run. It is written in WAL mode
+with synchronous=FULL, so a change is on the disk before it is acknowledged, and readers never wait. Only the
+owner may read it.
+"""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from platformdirs import user_state_path
+
+from dml.errors import DamagedFile, StorageError, UsageError
+
+FILE = "service.sqlite"
+"""In the state folder."""
+
+VERSION = 1
+"""Format of the file itself, kept in SQLite's user_version; sections count their own."""
+
+APPLICATION_ID = 0x646D6C73  # "dmls"
+WAIT_SECONDS = 10
+"""How long a writer waits for another one."""
+
+
+def default_folder() -> Path:
+    """$DML_STATE, or the user's folder for states, such as ~/.local/state/dml."""
+    named = os.environ.get("DML_STATE")
+    return Path(named) if named else user_state_path("dml", appauthor=False)
+
+
+@dataclass(frozen=True)
+class Section:
+    """The tables of one part of the service.
+
+    Attributes:
+        name: the part; its tables are called so, or begin with it.
+        steps: SQL scripts. Step n leads from version n to n + 1; one that was released never changes.
+    """
+
+    name: str
+    steps: tuple[str, ...]
+
+
+class State:
+    """The open state file. Any thread may use it.
+
+    Args:
+        folder: the state folder; made, for its owner only, when it is not there.
+        section: whose tables are to be there; made, or brought to the newest version, on opening.
+
+    Raises:
+        StorageError: the folder or the file cannot be written.
+        DamagedFile: the file is no state of a service, or is damaged.
+        UsageError: it was written by a newer version.
+    """
+
+    def __init__(self, folder: Path, section: Section) -> None:
+        self.path = folder / FILE
+        self._reading, self._writing = threading.Lock(), threading.Lock()
+        self._written = 0
+        with explained(self.path):
+            create_private(self.path)
+            self._inode = self.path.stat().st_ino
+            self._writer = connect(self.path)
+            try:
+                self._prepare(section)
+                self._reader = connect(self.path)
+            except BaseException:
+                self._writer.close()
+                raise
+
+    def _prepare(self, section: Section) -> None:
+        """Make or migrate. One transaction: SQLite undoes changes of tables as well, so no copy is needed."""
+        self._writer.execute("PRAGMA journal_mode = WAL")
+        with self.writing() as db:
+            mark, version = (
+                db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("application_id", "user_version")
+            )
+            if (mark, version) == (0, 0) and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[
+                0
+            ]:
+                db.execute("CREATE TABLE sections (name TEXT PRIMARY KEY, version INTEGER NOT NULL)")
+                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {VERSION}")
+            elif mark != APPLICATION_ID:
+                raise DamagedFile(f"{self.path} is a database of something else. Name another state folder.")
+            elif version > VERSION:
+                raise self._too_new(f"format {version}", f"format {VERSION}")
+            found = db.execute("SELECT version FROM sections WHERE name = ?", (section.name,)).fetchone()
+            reached, newest = found[0] if found else 0, len(section.steps)
+            if reached > newest:
+                raise self._too_new(f"{section.name} of version {reached}", f"version {newest}")
+            for step in section.steps[reached:]:
+                for statement in step.split(";"):
+                    db.execute(statement)
+            if reached < newest:
+                db.execute("REPLACE INTO sections VALUES (?, ?)", (section.name, newest))
+
+    def _too_new(self, found: str, known: str) -> UsageError:
+        return UsageError(
+            f"{self.path} was written by a newer dml: it has {found}, and this one knows {known}. "
+            f"Update dml, or name another state folder with --state."
+        )
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read through."""
+        with self._reading, explained(self.path):
+            yield self._reader
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A connection in a transaction: on the disk when the block has ended, undone when it raises."""
+        with self._writing, explained(self.path):
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def moment(self) -> int:
+        """A number that changes when anyone has written, here or in another process. Costs microseconds."""
+        with self.reading() as db:
+            return db.execute("PRAGMA data_version").fetchone()[0]
+
+    def is_current(self) -> bool:
+        """Whether the file that is open is still the one that the path leads to."""
+        try:
+            return self.path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+def create_private(path: Path) -> None:
+    """An empty file and its folder, for their owner only; what is there stays as it is."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path,
+        isolation_level=None,  # transactions are opened by hand
+        check_same_thread=False,  # locks keep threads apart
+        timeout=WAIT_SECONDS,
+    )
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """SQLite's and the disk's errors, in our words."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise StorageError(
+            f"The state of the service, {path}, cannot be used: {error}. "
+            f"Its folder has to be on a disk with room, and writable; --state names another."
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise DamagedFile(
+            f"The state of the service, {path}, is damaged ({error}). "
+            f"Restore it, or move it away and add the API keys again."
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"The state of the service, {path}, cannot be written: {error.strerror or error}. "
+            f"Fix the permissions of its folder, or name another with --state."
+        ) from error
