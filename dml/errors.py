@@ -27,6 +27,7 @@
     │   ├── CollectionLocked              another process is writing
     │   ├── ReadOnly
     │   ├── DamagedFile                   a checksum or a format that does not fit
+    │   ├── Unreachable                   the server that keeps it does not answer
     │   └── NotAvailable                  known, but this backend or version does not have it
     ├── StorageError                      the disk is full or refuses
     ├── ServiceError                      the service answered with a problem, or not at all
@@ -142,6 +143,10 @@ class ReadOnly(CollectionError):
 
 
 class DamagedFile(CollectionError):
+    pass
+
+
+class Unreachable(CollectionError):
     pass
 
 

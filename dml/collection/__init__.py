@@ -1,8 +1,9 @@
 """Live sets of images that can be searched. Importing this loads no engine."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dml.collection.base import Collection, CollectionInfo, Hit, Item, NewItem, Picture, SearchResult
 
@@ -19,6 +20,7 @@ __all__ = [
     "Picture",
     "SearchResult",
     "create_collection",
+    "in_milvus",
     "is_collection",
     "open_collection",
 ]
@@ -81,13 +83,16 @@ def open_collection(
     device: str = "auto",
     merge: "MergeMode" = "auto",
 ) -> "LocalCollection":
-    """Open the collection in a folder. One whose replacement was cut short is put back first.
+    """Open the collection in a folder, or that in Milvus which the folder describes.
+
+    One whose replacement was cut short is put back first.
 
     Args:
         read_only: no lock is taken, any number may; changes of a writer elsewhere are followed.
         fingerprint: of the encoder that will make the queries; refused when the collection was made by
             another.
         merge: of a writer; see `create_collection`.
+            Milvus has its own ways with devices and merging.
 
     Raises:
         UnknownCollection: no collection there.
@@ -95,16 +100,32 @@ def open_collection(
         CollectionLocked: somebody else writes to it.
         DamagedFile: a manifest or catalogue that cannot be read, or of a newer version.
         ConfigError: a device that is not there.
+        Unreachable: Milvus does not answer.
     """
     from dml.collection.local import LocalCollection
     from dml.collection.place import recover
 
     recover(Path(path))
+    if in_milvus(path):
+        from dml.collection.milvus import MilvusCollection
+
+        found = MilvusCollection(Path(path), read_only=read_only, fingerprint=fingerprint)
+        return cast("LocalCollection", found)  # it has what commands and the service ask of one
     return LocalCollection(
         Path(path), read_only=read_only, fingerprint=fingerprint, device=device, merge=merge
     )
 
 
 def is_collection(path: str | Path) -> bool:
-    """Whether the folder looks like a local collection."""
-    return (Path(path) / "manifest.json").is_file() and (Path(path) / "catalog.sqlite").is_file()
+    """Whether the folder looks like a collection, or describes one in Milvus."""
+    there = (Path(path) / "manifest.json").is_file()
+    return there and ((Path(path) / "catalog.sqlite").is_file() or in_milvus(path))
+
+
+def in_milvus(path: str | Path) -> bool:
+    """Whether the folder describes a collection in Milvus."""
+    try:
+        tree = json.loads((Path(path) / "manifest.json").read_bytes())
+        return tree["backend"]["kind"] == "milvus"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
