@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from dml.collection.base import Collection, CollectionInfo, FilterLike, Hit, Item, NewItem, Payload
+from dml.collection.examples import query_vector, unit
 from dml.errors import (
-    DimensionMismatch,
     ImageNotKept,
     InvalidImage,
     NotAvailable,
@@ -27,7 +27,6 @@ from dml.errors import (
     UnknownItem,
     UnsupportedImage,
     UsageError,
-    VectorError,
 )
 from dml.imaging import decode, probe
 from service.batching import Batcher, Budget
@@ -386,25 +385,11 @@ class Engine:
         )
 
     def _query_vector(self, collection: Collection, query: Query) -> Vector:
-        base = None
-        if query.image is not None:
-            base = self._embed_for(collection, query.image)
-        elif query.vector is not None:
-            base = unit(query.vector, dim=collection.dim, where="the query vector")
-        ids = [*([query.id] if query.id is not None else []), *query.positive]
-        vectors = [item.vector for item in collection.get(ids, with_vector=True)] if ids else []
-        toward = [v for v in (base, *vectors) if v is not None]
-        if not toward:
-            raise VectorError(
-                "The query names nothing to look for: give an image, an id, a vector or positive examples."
-            )
-        if not query.negative and len(toward) == 1:
-            return toward[0]
-        mean = np.mean(toward, axis=0)
-        if query.negative:
-            away = [item.vector for item in collection.get(query.negative, with_vector=True)]
-            mean = 2 * mean - np.mean([v for v in away if v is not None], axis=0)
-        return unit(mean, dim=collection.dim, where="the mean of the examples")
+        base = query.vector if query.image is None else self._embed_for(collection, query.image)
+        named = [] if query.id is None else [query.id]
+        return query_vector(
+            collection, base=base, positive=[*named, *query.positive], negative=query.negative
+        )
 
     # Items
 
@@ -498,27 +483,3 @@ class Engine:
                 f'The collection "{name}" is served read-only. Start the service without --read-only.'
             )
         return collection
-
-
-def unit(vector: Sequence[float] | Vector, *, dim: int, where: str) -> Vector:
-    """The vector as float32 of length 1. Cosine similarity knows no length, so any is accepted.
-
-    Raises:
-        DimensionMismatch: its length is not `dim`.
-        VectorError: it holds NaN or infinity, or points nowhere (all zeros).
-    """
-    row = np.asarray(vector, dtype=np.float64)
-    if row.ndim != 1:
-        raise VectorError(f"{where} must be a flat list of {dim} numbers, got shape {row.shape}")
-    if len(row) != dim:
-        raise DimensionMismatch(dim, len(row), where)
-    if not np.isfinite(row).all():
-        place = int(np.flatnonzero(~np.isfinite(row))[0])
-        raise VectorError(f"{where} holds NaN or infinity at position {place}")
-    largest = np.abs(row).max()
-    if largest == 0:
-        raise VectorError(f"{where} is all zeros: it has no direction to compare")
-    row = (
-        row / largest
-    )  # first to a safe range: squares of very large or small numbers would overflow or vanish
-    return (row / np.linalg.norm(row)).astype(np.float32)

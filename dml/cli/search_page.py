@@ -34,14 +34,17 @@ figcaption { padding: 10px 12px 12px; }
 """
 
 
-def render(answer: "Answer", *, name: str, query: bytes) -> str:
+def render(answer: "Answer", *, name: str, query: bytes | None) -> str:
     """The page.
 
     Args:
         answer: what was found, with thumbnails.
-        name: of the picture that was looked for.
-        query: that picture as a JPEG.
+        name: of what was looked for.
+        query: a picture of it as a JPEG, when there was one.
     """
+    looked_for = (
+        "" if query is None else f'<img src="{inlined(query)}" alt="the picture that was looked for">\n'
+    )
     kind = "approximate" if answer.approximate else "exact"
     cards = "\n".join(card(hit) for hit in answer.hits)
     body = f"<ol>\n{cards}\n</ol>" if answer.hits else "<p>Nothing was found.</p>"
@@ -56,8 +59,7 @@ def render(answer: "Answer", *, name: str, query: bytes) -> str:
 </head>
 <body>
 <header>
-<img src="{inlined(query)}" alt="the picture that was looked for">
-<div><h1>Like {escape(name)}</h1>
+{looked_for}<div><h1>Like {escape(name)}</h1>
 <p>{len(answer.hits)} results from {escape(answer.collection)} · {kind} search · {answer.took_ms:.0f} ms ·
 cosine similarity, higher is nearer</p></div>
 </header>
