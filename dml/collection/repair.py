@@ -147,7 +147,7 @@ def mend_catalog(path: Path, manifest: Manifest, repairs: Repairs, *, replace: b
     problems = problems_of_catalog(path, manifest.dim)
     if not problems:
         return True
-    repairs.done.append(f"{path / sql.FILE} is damaged: {problems[0]}{more(len(problems) - 1)}.")
+    repairs.done.append(f"The catalogue is damaged: {problems[0]}{more(len(problems) - 1)}.")
     saved = save_rows(path, manifest)
     repairs.lost = saved.lost
     if not replace:
@@ -167,7 +167,7 @@ def problems_of_catalog(path: Path, dim: int) -> list[str]:
     except (DamagedFile, StorageError) as error:
         if "update dml" in str(error):
             raise
-        return [str(error).rstrip(".")]
+        return [str(error).partition(". `dml")[0]]
 
 
 def save_rows(path: Path, manifest: Manifest) -> Salvaged:

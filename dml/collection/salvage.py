@@ -33,6 +33,7 @@ PATIENCE = 200_000
 """Reads that may fail before the rest of a table is given up."""
 HEADER = (
     (0, b"SQLite format 3\0" + bytes([16, 0, 2, 2, 0, 64, 32, 32])),  # pages of 4096 bytes, write-ahead log
+    (28, bytes(4)),  # how many pages there are: as many as the file has
     (44, struct.pack(">7I", 4, 0, 0, 1, VERSION, 0, APPLICATION_ID)),  # UTF-8, no vacuum
 )
 """What stands in the first bytes of every catalogue, and where."""
@@ -234,18 +235,18 @@ def finish(out: sqlite3.Connection, sequence: int, last_row: int, facts: dict[st
 def swap(path: Path, new: Path) -> Path:
     """Put the new catalogue into the place of the damaged one, which is kept beside it; where.
 
-    The damaged one goes away with its log before the new one comes: a log of another catalogue would be
-    folded into it.
+    The log of the damaged one goes away before the new one comes: SQLite would fold it in.
     """
-    kept = path.with_name(f"{path.name}.damaged")
-    number = 1
+    kept, number = path.with_name(f"{path.name}.damaged"), 1
     while kept.exists():
         number += 1
         kept = path.with_name(f"{path.name}.damaged-{number}")
     for suffix in ("-wal", ""):
         with suppress(FileNotFoundError):
-            os.replace(f"{path}{suffix}", f"{kept}{suffix}")
-    Path(f"{path}-shm").unlink(missing_ok=True)
+            os.link(f"{path}{suffix}", f"{kept}{suffix}")
+    flush_to_disk(path.parent)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
     os.replace(new, path)
     flush_to_disk(path.parent)
     return kept
