@@ -1,7 +1,9 @@
 """Searches with filters, thresholds, groups and cursors give what brute force gives, and say how exact."""
 
+import re
 import threading
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,7 +132,9 @@ def test_a_search_under_a_filter_is_the_best_of_what_passes(kind, shop, few, mon
             assert not result.approximate
 
 
-def test_a_filter_sees_what_has_just_been_written(shop):
+@pytest.mark.parametrize("few_changes", [0, 1000])
+def test_a_filter_sees_what_has_just_been_written(shop, few_changes, monkeypatch):
+    monkeypatch.setattr(row_sets_module, "FEW_CHANGES", few_changes)
     collection, model = shop()
     [query] = unit(3, 1)
 
@@ -153,7 +157,7 @@ def test_a_filter_sees_what_has_just_been_written(shop):
     for id in ("i1", "i2", "new"):
         model.remove(id)
     check()
-    for n in range(100, 200):  # more than are brought up to date one by one
+    for n in range(100, 200):  # with few_changes 0 more than are brought up to date
         if f"i{n}" in model.vectors:
             collection.update_payload(f"i{n}", {"colour": "blue"})
             model.payloads[f"i{n}"]["colour"] = "blue"
@@ -526,3 +530,20 @@ def test_the_catalogue_is_folded_in_when_no_cursor_is_left(shop, tmp_path):
     collection.update_payload("i1", {"x": 1})
     collection.close()
     assert not (tmp_path / "shop" / "catalog.sqlite-wal").exists()
+
+
+# Documentation
+
+
+def test_the_python_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "docs" / "queries.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 6
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/queries.md", "exec"), names)
+    shown = capsys.readouterr().out
+    assert "1.000 shoe/0 20" in shown
+    for line, promised in re.findall(r"^(print.*?)  # (\d.*)$", text, re.MULTILINE):
+        assert f"\n{promised}\n" in shown, line

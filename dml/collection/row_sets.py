@@ -13,8 +13,9 @@ from dml.collection.filters import EVERYTHING, Filter, canonical
 from dml.collection.filters_sql import register, to_sql
 from dml.index.base import Ids
 
+FEW_CHANGES = 1000
 LARGEST_SHARE = 0.2
-"""When more of the items than this have changed, all are read again."""
+"""When more have changed than this number and this share of all, all are read again."""
 
 
 class RowSet(NamedTuple):
@@ -86,7 +87,7 @@ def matching_rows(db: sqlite3.Connection, filter: Filter, *, after: int | None =
 def brought_up_to_date(db: sqlite3.Connection, filter: Filter, known: RowSet) -> Ids:
     """The rows that pass now, reading the payloads of the items that have changed since only."""
     changed = matching_rows(db, EVERYTHING, after=known.sequence)
-    if len(changed) > LARGEST_SHARE * sql.count_items(db):
+    if len(changed) > FEW_CHANGES and len(changed) > LARGEST_SHARE * sql.count_items(db):
         return matching_rows(db, filter)
     gone = sql.removed_after(db, known.sequence)
     kept = known.rows[~np.isin(known.rows, np.concatenate([changed, gone]))]
