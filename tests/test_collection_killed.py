@@ -1,5 +1,10 @@
-"""A process that writes to a collection is killed at random moments; what it was promised is there."""
+"""A process that writes to a collection is killed at random moments; what it was promised is there.
 
+It adds, replaces and deletes, builds and merges its index and makes backups, while merges run in the
+background.
+"""
+
+import json
 import os
 import random
 import signal
@@ -11,16 +16,20 @@ import numpy as np
 import pytest
 
 from dml.collection import create_collection, open_collection
+from dml.collection.backup import check_backup
 
 DIM = 8
 NAMES = 30
 WRITER = """
 import json, random, sys
+from pathlib import Path
 import numpy as np
-from dml.collection import NewItem, open_collection
+from dml.collection import NewItem, merging, open_collection
+from dml.collection.backup import back_up
 
 folder, seed, dim, names = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 rng = random.Random(seed)
+merging.DUE_ROWS, merging.DUE_ROOT = 4, 0  # one merge after the other
 
 def say(*what):
     print(json.dumps(what), flush=True)
@@ -32,7 +41,7 @@ def vector(number):
 shop = open_collection(folder)
 say("ready")
 while True:
-    kind = rng.choices(["add", "delete", "payload", "build"], [6, 3, 2, 1])[0]
+    kind = rng.choices(["add", "delete", "payload", "build", "merge", "backup"], [12, 6, 4, 1, 2, 1])[0]
     chosen = [f"i{n}" for n in rng.sample(range(names), rng.randint(1, 4))]
     number = rng.randrange(10**6)
     picture = rng.random() < 0.3
@@ -45,8 +54,12 @@ while True:
     elif kind == "payload":
         if shop.find(chosen[:1]):
             shop.update_payload(chosen[0], {"seen": number})
-    else:
+    elif kind == "build":
         shop.build_index()
+    elif kind == "merge":
+        shop.merge()
+    else:
+        back_up(Path(folder), Path(folder + ".backup"))
     say("done")
 """
 
@@ -87,8 +100,6 @@ def in_bytes(model):
 
 def run_until_killed(folder, seed, seconds):
     """What the writer said before SIGKILL reached it."""
-    import json
-
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder), str(seed), str(DIM), str(NAMES)],
         stdout=subprocess.PIPE,
@@ -113,15 +124,19 @@ def test_nothing_acknowledged_is_lost_and_nothing_comes_back_after_kill_9(tmp_pa
     folder = tmp_path / "shop"
     create_collection(folder, dim=DIM, fingerprint="f", index="flat").close()
     model, acknowledged = {}, 0
-    for seed in range(8 * scale):
+    states = [in_bytes(model)]  # that the backup may be of: since the last one that was acknowledged
+    kills = 8 if scale == 1 else 20 * scale
+    for seed in range(kills):
         print(f"seed {seed}")
         said = run_until_killed(folder, seed, random.Random(seed).uniform(0.02, 0.4))
-        possible = model
+        possible, kind = model, ""
         for line in said:
             if line[0] == "begin":
-                possible = applied(model, line)
+                possible, kind = applied(model, line), line[1]
+                states.append(in_bytes(possible))
             else:
                 model, acknowledged = possible, acknowledged + 1
+                states = [in_bytes(model)] if kind == "backup" else states
         with open_collection(folder) as shop:
             assert shop.verify() == []
             there = contents(shop)
@@ -129,7 +144,19 @@ def test_nothing_acknowledged_is_lost_and_nothing_comes_back_after_kill_9(tmp_pa
             if there != in_bytes(model):
                 model = possible  # the last write was durable, and the news of it was lost
             check_search(shop, model)
-    assert acknowledged > 20 * scale
+        check_last_backup(tmp_path / "shop.backup", states)
+    print(f"{acknowledged} acknowledged operations over {kills} kills")
+    assert acknowledged > kills
+
+
+def check_last_backup(backup, states):
+    """Killed or not: it is whole, and of a moment that there was."""
+    if not backup.exists():
+        return
+    assert check_backup(backup) == []
+    with open_collection(backup, read_only=True) as copy:
+        assert copy.verify() == []
+        assert contents(copy) in states
 
 
 def check_search(shop, model):
