@@ -1,5 +1,6 @@
 """Pending changes are folded into the index beside searches and writes; every answer stays right."""
 
+import json
 import logging
 import os
 import subprocess
@@ -455,3 +456,97 @@ def test_work_stops_when_it_is_asked_to(caplog):
     assert started.wait(20)
     job.close()
     assert not caplog.text
+
+
+# Processes
+
+
+SHARED = """
+import itertools, json, random, sys, time
+from pathlib import Path
+import numpy as np
+from dml.collection import NewItem, merging, open_collection
+
+folder, seconds = sys.argv[1], float(sys.argv[2])
+merging.DUE_ROWS, merging.DUE_ROOT = 8, 0  # one merge after the other
+NAMES = [f"i{n}" for n in range(60)]
+
+def vector(number):
+    row = np.random.default_rng(number).standard_normal(8)
+    return (row / np.linalg.norm(row)).astype(np.float32)
+
+def operations():
+    # Endless and always the same; each is one change, so that the generation says how many were done.
+    rng, there = random.Random(5), set()
+    for number in itertools.count():
+        if there and rng.random() < 0.4:
+            name = rng.choice(sorted(there))
+            there.discard(name)
+            yield name, None
+        else:
+            name = rng.choice(NAMES)
+            there.add(name)
+            yield name, number
+"""
+WRITER = (
+    SHARED
+    + """
+with open_collection(folder) as shop:
+    for name, number in operations():
+        if Path(folder + ".stop").exists() and shop.manifest.built:
+            break
+        if number is None:
+            assert shop.delete([name]) == 1
+        else:
+            shop.add([NewItem(name, vector(number))])
+    shop.settle()
+    print(json.dumps([shop.generation, shop.manifest.built["sequence"]]))
+"""
+)
+READER = (
+    SHARED
+    + """
+history, coming = [{}], operations()
+answers, generations, rng = 0, set(), np.random.default_rng(int(sys.argv[3]))
+end = time.monotonic() + seconds
+with open_collection(folder, read_only=True) as shop:
+    while time.monotonic() < end or len(generations) < 5:
+        query = vector(rng.integers(10**6))
+        [result] = shop.search(query[None], limit=10, with_vector=True)
+        while len(history) <= result.generation:
+            name, number = next(coming)
+            model = dict(history[-1])
+            model.pop(name, None)
+            history.append(model if number is None else {**model, name: vector(number)})
+        then = history[result.generation]
+        scores = {name: float(np.dot(v.astype(float), query.astype(float))) for name, v in then.items()}
+        best = sorted(scores.values(), reverse=True)[:10]
+        assert np.allclose([hit.score for hit in result.hits], best, atol=1e-6), result.generation
+        assert all((hit.item.vector == then[hit.id]).all() for hit in result.hits), result.generation
+        answers += 1
+        generations.add(result.generation)
+print(json.dumps([answers, len(generations)]))
+"""
+)
+
+
+def test_readers_in_other_processes_answer_by_the_generation_that_they_name(create, tmp_path, scale):
+    create(index="flat", dim=8).close()
+    seconds = 1.5 * min(scale, 20)
+    everybody = [(WRITER, "0"), (READER, "1"), (READER, "2")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "shop"), str(seconds), number],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for script, number in everybody
+    ]
+    said = [process.communicate(timeout=seconds + 100) for process in processes[1:]]
+    (tmp_path / "shop.stop").touch()
+    said.append(processes[0].communicate(timeout=100))
+    assert [err for _, err in said] == ["", "", ""]
+    *read, (last, merged) = [json.loads(out) for out, _ in said]
+    assert last >= merged > 0
+    print("(answers, generations) of each reader:", *read, "changes:", last)
