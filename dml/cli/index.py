@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dml.cli import keeping
+from dml.cli.payload import payload_index
+from dml.cli.promises import (
+    LatencyLimit,
+    MemoryLimit,
+    TargetRecall,
+    promise_line,
+    read_promise,
+    show_tried,
+    tuning,
+)
 from dml.cli.shown import describe_index, print_json
 
 if TYPE_CHECKING:
@@ -24,7 +34,9 @@ LISTED = 10
 """Lines of a kind that are shown; --json has all."""
 
 CollectionFolder = Annotated[Path, typer.Argument(metavar="COLLECTION", help="Folder of a collection.")]
-IndexKind = Annotated[str, typer.Option("--index", help="auto, flat, faiss_flat, hnsw or ivf.")]
+IndexKind = Annotated[
+    str, typer.Option("--index", help="auto, flat, faiss_flat, hnsw, ivf, pq, rabitq or matrix.")
+]
 IndexOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -256,18 +268,26 @@ def remove(
 def rebuild(
     collection: CollectionFolder,
     index: Annotated[
-        str | None, typer.Option("--index", help="auto, flat, faiss_flat, hnsw or ivf. Default: as before.")
+        str | None, typer.Option("--index", help="auto, or a kind as --index of build. Default: as before.")
     ] = None,
     option: IndexOptions = None,
     device: Device = "auto",
     measure: Annotated[bool, typer.Option(help="Measure the recall of an approximate index.")] = True,
+    target_recall: TargetRecall = None,
+    memory: MemoryLimit = None,
+    latency: LatencyLimit = None,
     as_json: Json = False,
 ) -> None:
-    """Build the index anew from the catalogue, of the same kind or of another."""
+    """Build the index anew from the catalogue, of the same kind, of another, or of one that keeps a promise.
+
+    dml index rebuild shoes.collection --target-recall 0.98 --memory 4G --latency 5ms
+    """
     from dml.collection import open_collection
 
+    promise = read_promise(target_recall, memory, latency)
+    options = read_options(option) if option else None
     with open_collection(collection, device=device, merge="manual") as there:
-        built = there.build_index(index, options=read_options(option) if option else None, measure=measure)
+        built = there.build_index(index, options=options, measure=measure, promise=promise, say=show_tried)
     if as_json:
         print_json(built)
     else:
@@ -289,6 +309,7 @@ def info(collection: CollectionFolder, as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    built = about.manifest["built"]
     recall = "not measured" if about.measured_recall is None else f"{about.measured_recall:.4f}"
     settings = ", ".join(f"{k} {v}" for k, v in about.index.items() if k not in ("kind", "exact"))
     pending = f"{about.pending:,} changes since (searched exactly)" if about.pending else "none"
@@ -299,6 +320,7 @@ def info(collection: CollectionFolder, as_json: Json = False) -> None:
         "encoder": about.fingerprint,
         "index": f"{about.index['kind']} ({'exact' if about.index['exact'] else 'approximate'}; {settings})",
         "recall@10": recall,
+        **({"promise": promise_line(built["promise"])} if built.get("promise") else {}),
         "pending": pending,
         "generation": f"{about.generation:,}",
         "on disk": f"{about.bytes_on_disk / 1e6:,.1f} MB",
@@ -330,7 +352,7 @@ def root(
     typer.echo(f"{name} = {folder.absolute()}")
 
 
-for command in keeping.COMMANDS:
+for command in (*keeping.COMMANDS, payload_index, tuning):
     app.command()(command)
 
 

@@ -38,6 +38,8 @@ class Built(NamedTuple):
 
     snapshot: Snapshot
     about: dict[str, Any]
+    wanted: Mapping[str, Any] | None = None
+    """Kind and options that were chosen for a promise; None: those that were asked for."""
 
 
 def check_kind(kind: str) -> None:
@@ -76,7 +78,7 @@ def build_snapshot(
         none = np.empty((0, catalog.dim), np.float32)
         index.prepare(training_sample(db, without=held, dim=catalog.dim) if index.learns else none, count)
         kept = fill(index, db, held=held, dim=catalog.dim, stop=stop)
-    measured = measure_recall(index, kept.vectors) if measure else None
+        measured = measure_recall(index, kept, sql.rows_after(db, 0, dim=catalog.dim)) if measure else None
     index.add(kept.rows, kept.vectors)
     log.info("built %s over %d items in %.1f s", kind, count, time.monotonic() - started)
     return described(Snapshot(index, sequence, last, measured, built_over=count), started)
@@ -113,9 +115,9 @@ def extend_snapshot(
         if measure and not index.exact:
             held = hold_out_new(db, count, after=base.last_row, seed=seed)
         kept = fill(index, db, after=base.last_row, held=held, dim=catalog.dim, stop=stop)
-    measured = (
-        measure_recall(index, kept.vectors) if measure and (index.exact or len(held)) else base.measured
-    )
+        measured = base.measured
+        if measure and (index.exact or len(held)):
+            measured = measure_recall(index, kept, sql.rows_after(db, 0, dim=catalog.dim))
     index.add(kept.rows, kept.vectors)
     log.info("merged %s, now %d items, in %.1f s", index.kind, count, time.monotonic() - started)
     return described(

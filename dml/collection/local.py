@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,11 +47,13 @@ from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import FORMAT, Manifest, read_manifest, write_manifest
 from dml.collection.merging import Background, MergeMode, check_mode, is_due, why_build_anew
 from dml.collection.pictures import Pictures
+from dml.collection.promised import build_promised, with_promise
 from dml.collection.query import Searcher, read_query
 from dml.collection.row_sets import RowSets, items_in_order, matching_ids
 from dml.collection.snapshots import Snapshots
 from dml.errors import (
     CollectionError,
+    ConfigError,
     DamagedFile,
     FilterInvalid,
     ImageNotKept,
@@ -64,6 +66,7 @@ from dml.errors import (
 )
 from dml.index import check_options
 from dml.index.base import check_vectors
+from dml.index.tune import Promise
 
 log = logging.getLogger(__name__)
 
@@ -487,6 +490,8 @@ class LocalCollection:
         options: Mapping[str, Any] | None = None,
         measure: bool = True,
         seed: int = 0,
+        promise: Promise | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> dict[str, Any]:
         """Build the main index anew from the catalogue, save it, and search it from now on.
 
@@ -497,12 +502,15 @@ class LocalCollection:
             options: of that kind; None: as the manifest says when the kind stays the same.
             measure: measure recall@10 with held-out queries against exact search, and keep the figure.
             seed: chooses the held-out queries.
+            promise: choose the cheapest kind that keeps it, see `promised.build_promised`; None, with no kind
+                either: the promise of the manifest, if there is one. It is kept, and looked at after merges.
+            say: is told what is being tried for a promise.
 
         Returns:
             What is kept in the manifest as "built".
 
         Raises:
-            ConfigError, MissingExtra: a kind or options that cannot be had.
+            ConfigError, MissingExtra: a kind or options that cannot be had, or a promise that none keeps.
             StorageError: no room for the snapshot; the collection goes on with the index that it had.
             ReadOnly: opened for reading.
         """
@@ -513,11 +521,18 @@ class LocalCollection:
         same: Mapping[str, Any] = asked["options"] if kind in (None, asked["kind"]) else {}
         wanted = {"kind": kind or asked["kind"], "options": dict(same if options is None else options)}
         check_options(wanted["kind"], wanted["options"])
+        if promise is not None and kind is not None:
+            raise ConfigError(f'A promise chooses the kind of index itself; "{kind}" was given too.')
+        if promise is None and kind is None and options is None and asked.get("promise"):
+            promise = Promise(**asked["promise"])
         with self._background.paused(), self._building:
-            built = build_snapshot(self._catalog, wanted, device=self.device, measure=measure, seed=seed)
-            self._install(built, wanted)
+            if promise is None:
+                built = build_snapshot(self._catalog, wanted, device=self.device, measure=measure, seed=seed)
+            else:
+                built = build_promised(self._catalog, promise, device=self.device, seed=seed, say=say)
+            about = self._install(built, wanted)
         self._sweep()
-        return built.about
+        return about
 
     def merge(self) -> dict[str, Any]:
         """Fold the pending changes into the main index now, and return when it is done.
@@ -558,22 +573,28 @@ class LocalCollection:
         else:
             log.info("%s: the merge builds the index anew: %s", self.name, anew)
             built = build_snapshot(self._catalog, wanted, **options)
-        self._install(built, wanted)
-        return built.about
+        return self._install(built, wanted)
 
-    def _install(self, built: Built, wanted: Mapping[str, Any]) -> None:
-        """Save a new main index and search it from now on; writers wait only for the last changes."""
+    def _install(self, built: Built, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Save a new main index and search it from now on; writers wait only for the last changes.
+
+        Returns:
+            What is kept in the manifest as "built".
+        """
+        wanted = built.wanted or wanted
+        about = with_promise(built.about, wanted, built.snapshot.index, before=self.manifest.built)
         self._snapshots.save(built.snapshot)
         with self._catalog.reading() as db:
             state = replayed(db, Generation.of(built.snapshot, self.dim))
         with self._turn():
             with self._catalog.reading() as db:
                 state = replayed(db, state)
-            self._save_manifest(self.manifest.with_(index=wanted, built=built.about))
+            self._save_manifest(self.manifest.with_(index=wanted, built=about))
             self._state = state
             oldest = self._snapshots.drop_old()
             if oldest is not None:
                 self._catalog.forget_removed(oldest)
+        return about
 
     def _sweep(self) -> None:
         """Delete pictures that no item uses, and half-written ones: of writes that were cut short."""

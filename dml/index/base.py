@@ -3,7 +3,7 @@
 - Vectors are float32 and of unit length; scores are cosine similarities, **higher is nearer**.
 - Ids are int64 and not negative: rows of a catalogue. A missing result has id -1 and score -inf.
 - Rows of a result are sorted best first; equal scores are ordered by id, so results are repeatable.
-- Parameters of a search travel with the call. An index has no search state to set.
+- Parameters of a search travel with the call. An index has no search state that searches set.
 - A search returns min(k, how many may be returned) results: an approximate index may miss a true neighbour,
   but it never comes back with fewer results than there are.
 - Scores are the float32 nearest to the true inner product of the query with the vector **as it is kept**,
@@ -76,6 +76,13 @@ class VectorIndex(Protocol):
 
     def add(self, ids: Ids, vectors: Vectors) -> None:
         """Add rows. An id that is already there is an error (ValueError): remove it first."""
+        ...
+
+    def set_effort(self, effort: int) -> None:
+        """The effort of searches that name none, for whoever has tuned it; before others search.
+
+        It is one of the index's settings, and saved.
+        """
         ...
 
     def remove(self, ids: Ids) -> int:

@@ -109,7 +109,7 @@ class FaissIvfIndex(FaissIndex):
         sizes = [lists.list_size(one) for one in range(cells.nlist)]
         block = FAST_SCAN_BLOCK if self.codes in ("pq", "rabitq") else 1
         held = sum(-(-size // block) * block for size in sizes)
-        codes = held * int(lists.code_size) + 8 * sum(sizes) + 4 * cells.nlist * cells.d
+        codes = held * int(cells.code_size) + 8 * sum(sizes) + 4 * cells.nlist * cells.d
         return codes + (8 * len(self.rows) if self._own is None else self._own.nbytes)
 
     @property

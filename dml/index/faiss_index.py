@@ -196,6 +196,10 @@ class FaissIndex:
         self._feed(rows)
         self._gpu = self._kept = None
 
+    def set_effort(self, effort: int) -> None:
+        """The effort of searches that name none, from now on; before the index is searched by others."""
+        self.effort = effort
+
     def remove(self, ids: Ids) -> int:
         return self.rows.kill(ids)
 

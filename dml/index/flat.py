@@ -78,6 +78,9 @@ class FlatIndex:
             self._buffer[:used] = old[:used]
         self._buffer[used : len(self.rows)] = rows
 
+    def set_effort(self, effort: int) -> None:
+        """Changes nothing: every vector is compared."""
+
     def remove(self, ids: Ids) -> int:
         return self.rows.kill(ids)
 
