@@ -28,7 +28,7 @@ from dml.errors import (
     UnsupportedImage,
     UsageError,
 )
-from dml.imaging import decode, probe
+from dml.imaging import probe
 from service.batching import Batcher, Budget
 from service.pictures import media_type
 from service.settings import Settings
@@ -49,6 +49,10 @@ class ImageEncoder(Protocol):
 
     @property
     def manifest(self) -> Mapping[str, Any]: ...
+
+    def decode(self, source: bytes, *, max_pixels: int) -> Image:
+        """The upright RGB picture that `preprocess` is given. Raises InvalidImage."""
+        ...
 
     @property
     def preprocess(self) -> Callable[[Image], Vector]:
@@ -190,19 +194,20 @@ class Engine:
             UsageError: two collections of one name.
         """
         from dml.collection import open_collection
+        from dml.collection.encoding import check_profile, load_encoder_of
         from dml.collection.place import recover
         from dml.encoder import Encoder
 
         settings = settings or Settings()
         collections: dict[str, Collection] = {}
-        encoders: dict[str, ImageEncoder] = {}
+        encoders: dict[str, Encoder] = {}
         try:
             for path in paths:
                 recover(
                     path
                 )  # a collection that a killed build left half replaced, before its encoder is read
                 folder = path / "encoder"
-                encoder = Encoder.load(folder, runtime=runtime) if folder.is_dir() else None
+                encoder = load_encoder_of(path, runtime=runtime) if folder.is_dir() else None
                 collection = open_collection(
                     path, read_only=settings.read_only, fingerprint=encoder.fingerprint if encoder else None
                 )
@@ -214,7 +219,8 @@ class Engine:
                     )
                 collections[collection.name] = collection
                 if encoder is not None:
-                    encoders.setdefault(encoder.fingerprint, encoder)
+                    # One encoder serves all collections of its fingerprint.
+                    check_profile(collection, encoders.setdefault(encoder.fingerprint, encoder))
         except BaseException:
             for collection in collections.values():
                 collection.close()
@@ -318,7 +324,8 @@ class Engine:
         try:
             width, height = probe(image, max_pixels=most)
             with self.decoding.take(width * height):
-                return self._encoders[fingerprint].preprocess(decode(image, max_pixels=most))
+                encoder = self._encoders[fingerprint]
+                return encoder.preprocess(encoder.decode(image, max_pixels=most))
         except InvalidImage as error:
             if type(error) is InvalidImage and media_type(image) is None:
                 raise UnsupportedImage(

@@ -193,7 +193,7 @@ def search_folder(
 
 def load_encoder(path: Path, folder: Path | None, *, runtime: str) -> "Encoder":
     """The encoder that came with a collection. Raises EncoderError."""
-    from dml.encoder import Encoder
+    from dml.collection.encoding import load_encoder_of
     from dml.errors import EncoderError
 
     if folder is None:
@@ -201,7 +201,7 @@ def load_encoder(path: Path, folder: Path | None, *, runtime: str) -> "Encoder":
             f"{path} came without its encoder, so pictures cannot be searched in it. "
             f"Build it with `dml index build … --encoder RUN`."
         )
-    return Encoder.load(folder, runtime=runtime)
+    return load_encoder_of(path, path=folder, runtime=runtime)
 
 
 def thumbnail_of(there: "Collection", id: str) -> bytes | None:

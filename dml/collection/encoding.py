@@ -51,6 +51,11 @@ def load_encoder_of(
     return encoder
 
 
+def check_profile(collection: LocalCollection, encoder: "Encoder") -> None:
+    """Refuse queries of a profile that does not agree with the vectors there. Raises ModelMismatch."""
+    require_comparable(encoder.manifest, profiles_in(collection.manifest.encoder), encoder.profile)
+
+
 def is_default(profile: Profile) -> bool:
     """Whether the runtime that is chosen for a machine gives the same vectors: ONNX Runtime or torch."""
     return profile.decoder == REFERENCE.decoder and (profile.runtime, profile.precision) in (
