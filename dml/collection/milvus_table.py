@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from dml.collection.filters_milvus import EVERY, LONGEST_FACT, MOST_FACTS, all_of, listed, quoted
 from dml.errors import CollectionError, ConfigError, MissingExtra, NotAvailable, Unreachable, UsageError
 from dml.index.base import Vectors
@@ -36,7 +38,7 @@ MOST_ROWS = 4096
 PAGE_ROWS = 1000
 MOST_RESULTS = 16_384
 """Results of one query, as Milvus limits them."""
-ANSWER_ROWS = 65_536
+ANSWER_ROWS = 16_384
 """Results of all queries of one call; more are asked for in several."""
 
 LONGEST_ID_BYTES = 2048
@@ -337,9 +339,12 @@ class MilvusTable:
             after = page[-1]["id"]
 
     def search(
-        self, vectors: Vectors, k: int, *, expression: str, kind: str, effort: int | None, with_vector: bool
+        self, vectors: Vectors, k: int, *, expression: str, kind: str, effort: int | None
     ) -> list[list[tuple[float, Row]]]:
         """(score, row) of the k nearest of each query, best first, ties by id.
+
+        Scores are computed here from the vectors, which come along: engines add up in different orders and
+        some indexes shorten vectors, so that equal items would have different scores.
 
         Args:
             kind: of the index there is, as `index` says.
@@ -354,18 +359,19 @@ class MilvusTable:
         results: list[list[tuple[float, Row]]] = []
         for start in range(0, len(vectors), at_once):
             with self._words():
+                queries = vectors[start : start + at_once]
                 answers = self._client.search(
                     self.name,
-                    data=list(vectors[start : start + at_once]),
+                    data=list(queries),
                     anns_field="vector",
                     filter="" if expression == EVERY else expression,
                     limit=k,
-                    output_fields=[*FIELDS, "vector"] if with_vector else list(FIELDS),
+                    output_fields=[*FIELDS, "vector"],
                     search_params={"metric_type": METRIC, "params": params},
                     consistency_level=self.consistency,
                     timeout=self.timeout,
                 )
-                results += [ordered(answer) for answer in answers]
+                results += [ranked(query, answer) for query, answer in zip(queries, answers, strict=True)]
         return results
 
     def _query(self, expression: str, fields: Sequence[str], **options: Any) -> list[Row]:
@@ -403,10 +409,15 @@ def check_kind(kind: str, options: Mapping[str, Any], *, lite: bool) -> Kind:
     return found
 
 
-def ordered(answer: Iterable[Any]) -> list[tuple[float, Row]]:
+def ranked(query: Vectors, answer: Iterable[Any]) -> list[tuple[float, Row]]:
     """(score, row) of one answer: best first, and of equals the first by id."""
-    rows = [(float(hit["distance"]), {**dict(hit["entity"]), "id": hit["id"]}) for hit in answer]
-    return sorted(rows, key=lambda entry: (-entry[0], entry[1]["id"]))
+    rows = [{**dict(hit["entity"]), "id": hit["id"]} for hit in answer]
+    if not rows:
+        return []
+    vectors = np.array([row["vector"] for row in rows], np.float32)
+    products = np.multiply(vectors, query, dtype=np.float64)  # no BLAS: its sums depend on the place of a row
+    scores = products.sum(axis=1).astype(np.float32).tolist()
+    return sorted(zip(scores, rows, strict=True), key=lambda entry: (-entry[0], entry[1]["id"]))
 
 
 def batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -468,7 +479,8 @@ def opened(path: str, timeout: float) -> Any:
         import milvus_lite  # noqa: F401
     except ModuleNotFoundError:
         raise MissingExtra("milvus-lite, which reads and writes Milvus Lite files,", "milvus-lite") from None
-    logging.getLogger("milvus_lite").setLevel(logging.CRITICAL)
+    for name in ("milvus_lite", "grpc._server"):  # it is a server in this process, and logs as one
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if not Path(path).parent.is_dir():
         raise UsageError(f"There is no folder {Path(path).parent} for the Milvus Lite file {path}.")
     with _lock:
