@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dml.collection import payload_indexes
 from dml.collection.base import Item, PayloadTooLarge, Picture
 from dml.errors import CollectionError, DamagedFile, StorageError
 from dml.index.base import Ids, Vectors
@@ -283,6 +284,16 @@ class Catalog:
             )
             write_state(db, sequence)
         return sequence, item_of(row)
+
+    def index_payload(self, key: str) -> bool:
+        """Index the payloads at a path, for filters; False: they are already. See `payload_indexes`."""
+        with self._writing() as db:
+            return payload_indexes.declare(db, key)
+
+    def drop_payload_index(self, key: str) -> bool:
+        """Forget such an index; False: there is none."""
+        with self._writing() as db:
+            return payload_indexes.drop(db, key)
 
     def forget_removed(self, sequence: int) -> None:
         """Drop the log of removals up to this change: no index that is older will be brought up to date."""

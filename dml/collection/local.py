@@ -46,6 +46,7 @@ from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import FORMAT, Manifest, read_manifest, write_manifest
 from dml.collection.merging import Background, MergeMode, check_mode, is_due, why_build_anew
+from dml.collection.payload_indexes import declared
 from dml.collection.pictures import Pictures
 from dml.collection.promised import build_promised, with_promise
 from dml.collection.query import Searcher, read_query
@@ -159,7 +160,18 @@ class LocalCollection:
         return folder if (folder / "manifest.json").is_file() else None
 
     def capabilities(self) -> frozenset[str]:
-        return frozenset({"exact", "verify", "pictures", "count", "filter", "group_by", "generation_cursor"})
+        return frozenset(
+            {
+                "exact",
+                "verify",
+                "pictures",
+                "count",
+                "filter",
+                "group_by",
+                "generation_cursor",
+                "payload_index",
+            }
+        )
 
     def check_fingerprint(self, fingerprint: str | None) -> None:
         """Refuse vectors of another encoder. None: the caller does not say. Raises ModelMismatch."""
@@ -303,6 +315,29 @@ class LocalCollection:
             raise UsageError("a collection needs a name")
         with self._turn():
             self._save_manifest(self.manifest.with_(name=name))
+
+    def index_payload(self, key: str) -> bool:
+        """Index the payloads at a path, so that filters on it need not read all; False: they are already.
+
+        For match conditions and ranges of numbers that few items meet, in `must`. Worth it from some 100,000
+        items on; costs a little with every write. Filters mean the same with and without.
+
+        Raises:
+            UsageError: no path, or one through all entries of a list ("[]").
+            StorageError, ReadOnly
+        """
+        with self._write():
+            return self._catalog.index_payload(key)
+
+    def drop_payload_index(self, key: str) -> bool:
+        """Forget such an index; False: there is none. Raises StorageError, ReadOnly."""
+        with self._write():
+            return self._catalog.drop_payload_index(key)
+
+    def payload_indexes(self) -> list[str]:
+        """The paths that are indexed."""
+        with self._catalog.reading() as db:
+            return declared(db)
 
     def set_root(self, name: str, folder: str | Path) -> None:
         """Say where the referenced pictures of the root `name` are now. Raises ReadOnly, StorageError."""
