@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dml.cli import keeping
+from dml.cli import keeping, move
 from dml.cli.payload import payload_index
 from dml.cli.promises import (
     LatencyLimit,
@@ -352,7 +352,7 @@ def root(
     typer.echo(f"{name} = {folder.absolute()}")
 
 
-for command in (*keeping.COMMANDS, payload_index, tuning):
+for command in (*keeping.COMMANDS, *move.COMMANDS, payload_index, tuning):
     app.command()(command)
 
 

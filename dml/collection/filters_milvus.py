@@ -83,7 +83,7 @@ class Bounds:
     @property
     def between(self) -> str:
         """Those of whom only the payload tells."""
-        return f"({self.over} and not {self.under})"
+        return all_of([self.over, denied(self.under)])
 
 
 # Writing
@@ -222,7 +222,7 @@ def of_filter(filter: Filter) -> Bounds:
         parts.append(Bounds(one_of([b.over for b in choice]), one_of([b.under for b in choice])))
     for entry in filter.must_not:
         inner = bounds_of(entry)
-        parts.append(Bounds(f"(not {inner.under})", f"(not {inner.over})"))
+        parts.append(Bounds(denied(inner.under), denied(inner.over)))
     return Bounds(all_of([b.over for b in parts]), all_of([b.under for b in parts]))
 
 
@@ -230,7 +230,7 @@ def of_except(path: str, values: Sequence[Scalar]) -> Bounds:
     """A scalar is there, and one of those there is none of `values`."""
     there, several = among(path, (SCALAR,)), among(path, (SEVERAL,))
     names = list(dict.fromkeys(map(value_name, values)))
-    other = f"(not {among(path, names)})" if names else EVERY
+    other = denied(among(path, names))
     over = all_of([there, one_of([several, other])])
     # Of two different values one is another than the one that is named.
     return Bounds(over, over if len(names) < 2 else all_of([there, other]))
@@ -297,6 +297,11 @@ def listed(texts: Iterable[str]) -> str:
 
 def alike(expression: str) -> Bounds:
     return Bounds(expression, expression)
+
+
+def denied(expression: str) -> str:
+    """Not so. The brackets matter: some versions read `not id in […]` as `(not id) in […]`."""
+    return f"(not ({expression}))"
 
 
 def all_of(expressions: Sequence[str]) -> str:

@@ -488,6 +488,7 @@ class MilvusCollection:
                 expression=all_of(parts) if parts != [EVERY] else EVERY,
                 kind=index["kind"],
                 effort=query.effort,
+                with_vector=query.with_vector,
             )
             kept = [[hit for hit in hits if bounds.exact or passes(query.filter, hit[1])] for hits in found]
             short = any(len(good) < wanted and len(hits) >= k for good, hits in zip(kept, found, strict=True))

@@ -49,12 +49,7 @@ def page(
     shown = good[query.offset : query.offset + query.limit]
     return SearchResult(
         [
-            Hit(
-                row["id"],
-                min(1.0, max(-1.0, score)),
-                rank,
-                item_of(row if query.with_vector else {**row, "vector": None}),
-            )
+            Hit(row["id"], min(1.0, max(-1.0, score)), rank, item_of(row))
             for rank, (score, row) in enumerate(shown, start=query.offset + 1)
         ],
         generation,

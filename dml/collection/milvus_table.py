@@ -51,6 +51,11 @@ ABOUT = "dml"
 
 FIELDS = ("id", "payload", "picture", "sequence")
 
+TIE = 2e-7
+"""Scores that differ by no more count as equal: float32 knows about seven digits."""
+OVERTAKEN = 5
+"""How often a search is tried again that a write has overtaken."""
+
 METRIC = "IP"
 """Of vectors of length 1 the inner product is the cosine."""
 
@@ -339,12 +344,9 @@ class MilvusTable:
             after = page[-1]["id"]
 
     def search(
-        self, vectors: Vectors, k: int, *, expression: str, kind: str, effort: int | None
+        self, vectors: Vectors, k: int, *, expression: str, kind: str, effort: int | None, with_vector: bool
     ) -> list[list[tuple[float, Row]]]:
         """(score, row) of the k nearest of each query, best first, ties by id.
-
-        Scores are computed here from the vectors, which come along: engines add up in different orders and
-        some indexes shorten vectors, so that equal items would have different scores.
 
         Args:
             kind: of the index there is, as `index` says.
@@ -355,24 +357,32 @@ class MilvusTable:
         if found is not None and found.effort is not None:
             wanted = effort or DEFAULT_EFFORT[found.effort]
             params = {found.effort: wanted if found.effort == "nprobe" else max(k, wanted)}
+        asked = {
+            "anns_field": "vector",
+            "filter": "" if expression == EVERY else expression,
+            "limit": k,
+            "output_fields": [*FIELDS, "vector"] if with_vector else list(FIELDS),
+            "search_params": {"metric_type": METRIC, "params": params},
+            "consistency_level": self.consistency,
+            "timeout": self.timeout,
+        }
         at_once = max(1, min(ANSWER_ROWS // k, MESSAGE_BYTES // (4 * vectors.shape[1])))
         results: list[list[tuple[float, Row]]] = []
         for start in range(0, len(vectors), at_once):
-            with self._words():
-                queries = vectors[start : start + at_once]
-                answers = self._client.search(
-                    self.name,
-                    data=list(queries),
-                    anns_field="vector",
-                    filter="" if expression == EVERY else expression,
-                    limit=k,
-                    output_fields=[*FIELDS, "vector"],
-                    search_params={"metric_type": METRIC, "params": params},
-                    consistency_level=self.consistency,
-                    timeout=self.timeout,
-                )
-                results += [ranked(query, answer) for query, answer in zip(queries, answers, strict=True)]
+            answers = self._search(list(vectors[start : start + at_once]), asked)
+            results += [in_order((float(hit["distance"]), row_of(hit)) for hit in one) for one in answers]
         return results
+
+    def _search(self, queries: list[Vectors], asked: Mapping[str, Any]) -> list[Any]:
+        for again in range(OVERTAKEN + 1):
+            try:
+                with self._words():
+                    return list(self._client.search(self.name, data=queries, **asked))
+            except CollectionError as error:
+                # Milvus reads vectors after it has found the ids; a write may have come in between.
+                if "incomplete query result" not in str(error) or again == OVERTAKEN:
+                    raise
+        raise AssertionError("unreachable")
 
     def _query(self, expression: str, fields: Sequence[str], **options: Any) -> list[Row]:
         with self._words():
@@ -409,15 +419,24 @@ def check_kind(kind: str, options: Mapping[str, Any], *, lite: bool) -> Kind:
     return found
 
 
-def ranked(query: Vectors, answer: Iterable[Any]) -> list[tuple[float, Row]]:
-    """(score, row) of one answer: best first, and of equals the first by id."""
-    rows = [{**dict(hit["entity"]), "id": hit["id"]} for hit in answer]
-    if not rows:
-        return []
-    vectors = np.array([row["vector"] for row in rows], np.float32)
-    products = np.multiply(vectors, query, dtype=np.float64)  # no BLAS: its sums depend on the place of a row
-    scores = products.sum(axis=1).astype(np.float32).tolist()
-    return sorted(zip(scores, rows, strict=True), key=lambda entry: (-entry[0], entry[1]["id"]))
+def row_of(hit: Any) -> Row:
+    """The row of a hit, as pymilvus returns it."""
+    return {**dict(hit["entity"]), "id": hit["id"]}
+
+
+def in_order(hits: Iterable[tuple[float, Row]]) -> list[tuple[float, Row]]:
+    """Best first, and of equals the first by id.
+
+    Engines add up in different orders, so scores of equal vectors differ in their last digits: what follows
+    at no more than `TIE` has the score of the one before it.
+    """
+    level: list[tuple[float, Row]] = []
+    last = score = np.inf
+    for true, row in sorted(hits, key=lambda hit: -hit[0]):
+        score = score if last - true <= TIE else true
+        level.append((score, row))
+        last = true
+    return sorted(level, key=lambda hit: (-hit[0], hit[1]["id"]))
 
 
 def batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
