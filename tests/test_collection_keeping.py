@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -12,6 +13,7 @@ import tarfile
 import threading
 from contextlib import closing, suppress
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -513,3 +515,22 @@ def test_the_commands_say_what_they_did(shop, tmp_path):
     )
     with open_collection(shop, read_only=True) as again:
         assert again.name == "boots"
+
+
+# Documentation
+
+
+def test_the_python_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "docs" / "collections.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/collections.md", "exec"), names)
+    shown = capsys.readouterr().out
+    assert "pending: 101\nmerged: 499 items, built as a whole over 400\n" in shown
+    assert "new in generation 502\n500 items of generation 502 []\n" in shown
+    assert "was deleted (a checksum does not fit)" in shown
+    with open_collection(tmp_path / "again.collection") as again:
+        assert len(again) == 500
