@@ -94,9 +94,8 @@ def brought_up_to_date(db: sqlite3.Connection, filter: Filter, known: RowSet) ->
         return matching_rows(db, filter)
     gone = sql.removed_after(db, known.sequence)
     kept = known.rows[~np.isin(known.rows, np.concatenate([changed, gone]))]
-    if not len(changed):
-        return kept
-    return np.union1d(kept, matching_rows(db, filter, after=known.sequence))
+    found = matching_rows(db, filter, after=known.sequence) if len(changed) else changed
+    return np.sort(np.concatenate([kept, found]), kind="stable")  # of two ascending runs: a merge
 
 
 def matching_ids(db: sqlite3.Connection, filter: Filter) -> list[str]:

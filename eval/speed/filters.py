@@ -66,10 +66,10 @@ def speed_of_filters(
 
 
 def drawn(count: int, dim: int, rng: np.random.Generator) -> Vectors:
-    """Unit vectors in clusters of uneven size, as embeddings lie."""
+    """Unit vectors in wide clusters of uneven size: harder for an index than embeddings usually are."""
     centres = rng.standard_normal((max(8, count // 200), dim))
     weights = rng.dirichlet(np.full(len(centres), 2.0))
-    found = centres[rng.choice(len(centres), count, p=weights)] + rng.standard_normal((count, dim)) * 0.7
+    found = centres[rng.choice(len(centres), count, p=weights)] + rng.standard_normal((count, dim)) * 1.6
     return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
 
 
