@@ -267,6 +267,73 @@ def recall(collection, queries, filter):
     return np.mean([len({*ids_of(t)} & {*ids_of(f)}) / len(t.hits) for t, f in zip(true, found, strict=True)])
 
 
+@pytest.mark.parametrize("index", ["flat", "ivf"])
+def test_filtered_searches_beside_a_writer_are_those_of_their_generation(shop, tmp_path, index, scale):
+    """Every answer, of the writer's process and of a reader, is brute force over the state that it names."""
+    if index == "ivf":
+        pytest.importorskip("faiss")
+    collection, model = shop(index, merge="manual")
+    states = {collection.generation: (dict(model.vectors), dict(model.payloads))}
+    stop, failed = threading.Event(), []
+
+    def write():
+        rng = np.random.default_rng(11)
+        try:
+            while not stop.is_set():
+                n, turn = int(rng.integers(0, 320)), rng.random()
+                vectors, payloads = (dict(part) for part in states[collection.generation])
+                id = f"i{n}"
+                if turn < 0.3 and id in vectors:
+                    del vectors[id], payloads[id]
+                    states[collection.generation + 1] = vectors, payloads  # before anybody can see it
+                    collection.delete([id])
+                elif turn < 0.6 and id in vectors:
+                    payloads[id] = payloads[id] | {"colour": COLOURS[int(rng.integers(3))]}
+                    states[collection.generation + 1] = vectors, payloads
+                    collection.update_payload(id, payloads[id])
+                elif turn < 0.99:
+                    vectors[id], payloads[id] = unit(int(rng.integers(1 << 30)), 1)[0], payload(n)
+                    states[collection.generation + 1] = vectors, payloads
+                    collection.add([NewItem(id, vectors[id], payloads[id])])
+                else:
+                    collection.build_index(measure=False)
+        except Exception as error:
+            failed.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    try:
+        with open_collection(tmp_path / "shop", read_only=True) as reader:
+            for number in range(60 * scale):
+                there = reader if number % 3 == 0 else collection
+                query, filter = unit(number, 1), FILTERS[number % 5]
+                [result] = there.search(query, limit=6, filter=filter)
+                state = Model()
+                state.vectors, state.payloads = states[result.generation]
+                best = state.ranked(query[0], filter)
+                assert (ids_of(result), result.total) == (best[:6], len(best))
+                assert all(hit.item.payload == state.payloads[hit.id] for hit in result.hits)
+                seen.add(result.generation)
+    finally:
+        stop.set()
+        writer.join()
+    assert not failed
+    assert len(seen) > 1
+
+
+def test_a_reader_walks_through_its_own_state(shop, tmp_path):
+    collection, model = shop()
+    [query] = unit(8, 1)
+    with open_collection(tmp_path / "shop", read_only=True) as reader:
+        best = model.ranked(query, RED)
+        number = iter(range(1000))
+        assert (
+            walk(reader, query, filter=RED, between=lambda: collection.delete([best[-1 - next(number)]]))
+            == best
+        )
+
+
 # Thresholds and exclusions
 
 
