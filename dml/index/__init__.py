@@ -16,6 +16,7 @@ KINDS: Mapping[str, str] = {
     "ivf": "dml.index.faiss_cells:FaissIvfIndex",
     "pq": "dml.index.faiss_cells:FaissPqIndex",
     "rabitq": "dml.index.faiss_cells:FaissRabitqIndex",
+    "matrix": "dml.index.matrix:MatrixIndex",
 }
 """Name -> class. A class takes (dim, *, device="auto", **options) and has `load(path, *, device)`."""
 
@@ -26,6 +27,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "ivf": "approximate, vectors grouped into cells, whole or as codes; quick to build, CPU or GPU",
     "pq": "approximate, every vector compared as a short code; small, quick to build (CPU)",
     "rabitq": "approximate, every vector compared by its signs; the quickest to build (CPU)",
+    "matrix": "as good as exact, on a CPU's bfloat16 matrix units, by torch; for many queries at once",
 }
 
 LARGEST_OPTION = 2**31 - 1

@@ -39,7 +39,7 @@ HALF_ERROR = 1e-3
 number by at most 2**-11 of itself, so the sum by at most twice that."""
 
 MANY_QUERIES = 16
-"""From this many on, numpy's product and choice of the highest beat faiss's loop over vectors."""
+"""From this many on a matrix product pays; faiss makes one when its threshold lies below."""
 
 READ_BLOCK = 1 << 20
 GPU_BLOCK = 65_536  # rows decoded at once on their way to a GPU
@@ -493,7 +493,11 @@ class FaissFlatIndex(FaissIndex):
     def _compares_all(self, queries: int, exact: bool) -> bool:
         if self._engine is None or self.device != "cpu":
             return self._engine is None
-        return queries >= MANY_QUERIES and self.precision == "float32"
+        if self.precision != "float32":
+            return False
+        # numpy's product of one vector, and of many where faiss would compare pair by pair, is quicker.
+        threshold = self.faiss.cvar.distance_compute_blas_threshold
+        return queries == 1 or MANY_QUERIES <= queries < threshold
 
     def _floor(self, rough: Vectors, *, whole: bool) -> NDArray[np.float32]:
         floor = super()._floor(rough, whole=whole)

@@ -1,0 +1,243 @@
+"""Every vector compared on the processor's bfloat16 matrix units, then the nearest again with whole vectors.
+
+Processors with AMX or AVX-512 BF16 multiply bfloat16 two to many times as fast as float32, and half as many
+bytes have to come from memory. A bfloat16 score says where the nearest are, not which is first: so more are
+fetched than were asked for, and these are ranked by the vectors as they are.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dml.errors import ConfigError, MissingExtra
+from dml.index.base import Hits, Ids, Vectors, check_ids, check_search, check_vectors, no_hits
+from dml.index.file import array_section, check_index_file, read_array, write_index_file
+from dml.index.flat import GROUP, search_exactly
+from dml.index.kept import Column, KeptVectors, to_bfloat16
+from dml.index.ranking import SPARE, rank
+from dml.index.rows import Rows
+
+log = logging.getLogger(__name__)
+
+BLOCK_ROWS = 1 << 16
+"""Vectors multiplied at once: their scores for a few dozen queries stay in the cache."""
+
+WIDTH = 4
+"""So many candidates per wanted result at first."""
+
+SCORE_ERROR = 3e-3
+"""How far a bfloat16 score may be from the true one: half a step of the result (0.002 near 1), and some six
+standard deviations of what rounding the factors adds up to."""
+
+FEW_ALLOWED = 4096
+"""Up to this many allowed ids are compared one by one."""
+
+
+def import_torch() -> Any:
+    """The torch module. Raises MissingExtra."""
+    try:
+        import torch
+    except ImportError as error:
+        if error.name not in (None, "torch"):
+            raise
+        raise MissingExtra("torch (needed by the index kind matrix)", "train") from None
+    return torch
+
+
+def has_matrix_units(torch: Any) -> bool:
+    """Whether this processor multiplies bfloat16 in hardware, as far as torch can tell."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+class MatrixIndex:
+    """All vectors in bfloat16 beside the whole ones; a search is one product and a choice of the highest.
+
+    Memory: 6 · D bytes per vector. It finds the true neighbours but for one in ten thousand or fewer: a score
+    would have to be wrong by more than `SCORE_ERROR`. An `exact` search finds them all.
+
+    Args:
+        effort: candidates per wanted result to begin with; more are fetched where these leave a doubt.
+    """
+
+    kind = "matrix"
+    exact = False
+    learns = False
+
+    def __init__(self, dim: int, *, device: str = "auto", effort: int = WIDTH) -> None:
+        if device not in ("auto", "cpu"):
+            raise ConfigError(
+                f'The index kind "matrix" runs on the CPU, not on "{device}". For a GPU use faiss_flat.'
+            )
+        if dim < 1 or effort < 1:
+            raise ConfigError(f"matrix needs a dim and an effort of at least 1, got {dim} and {effort}")
+        self.torch = import_torch()
+        if not has_matrix_units(self.torch):
+            log.warning("this processor has no bfloat16 units: the kind faiss_flat is quicker than matrix")
+        self.dim, self.effort = dim, effort
+        self.rows = Rows()
+        self._kept = KeptVectors(dim, "float32")
+        self._codes = Column(dim, np.uint16)
+
+    def __len__(self) -> int:
+        return self.rows.live
+
+    @property
+    def nbytes(self) -> int:
+        ids = self.rows.ids.nbytes + self.rows.alive.nbytes
+        return self._kept.nbytes + self._codes.rows.nbytes + ids
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "exact": False, "device": "cpu", "effort": self.effort}
+
+    def set_effort(self, effort: int) -> None:
+        self.effort = effort
+
+    def prepare(self, sample: Vectors, count: int) -> None:
+        self._kept.reserve(count)
+        self._codes.reserve(count)
+
+    def add(self, ids: Ids, vectors: Vectors) -> None:
+        rows = check_vectors(vectors, self.dim, "the vectors to add")
+        self.rows.append(check_ids(ids, len(rows)))
+        self._kept.append(rows)
+        self._codes.append(to_bfloat16(rows))
+
+    def remove(self, ids: Ids) -> int:
+        return self.rows.kill(ids)
+
+    def without(self, ids: Ids) -> "MatrixIndex":
+        twin = object.__new__(MatrixIndex)
+        twin.__dict__.update(self.__dict__)
+        twin.rows = self.rows.view()
+        twin.rows.kill(ids)
+        return twin
+
+    def vectors_of(self, ids: Ids) -> Vectors:
+        slots = self.rows.find(np.asarray(ids, np.int64))
+        if len(slots) and slots.min() < 0:
+            raise KeyError(f"id {np.asarray(ids)[slots < 0][0]} is not in the index")
+        return self._kept[slots]
+
+    def search(
+        self,
+        queries: Vectors,
+        k: int,
+        *,
+        effort: int | None = None,
+        allowed: Ids | None = None,
+        exact: bool = False,
+    ) -> Hits:
+        check_search(k, effort)
+        queries = check_vectors(queries, self.dim, "the query")
+        slots = None
+        if allowed is not None:
+            slots = self.rows.find(np.unique(np.asarray(allowed, np.int64)))
+            slots = slots[slots >= 0]
+        elif self.rows.live < len(self.rows):
+            slots = self.rows.living()
+        count = len(self.rows) if slots is None else len(slots)
+        if not count or not len(queries):
+            return no_hits(len(queries), k)
+        fetch = max((effort or self.effort) * k, k + SPARE)
+        if exact or fetch >= count or (slots is not None and count <= FEW_ALLOWED):
+            return search_exactly(queries, self._kept[:], self.rows.ids, k=k, slots=slots)
+        return self._search(queries, k, slots=slots, count=count, fetch=fetch)
+
+    def _search(
+        self, queries: Vectors, k: int, *, slots: NDArray[np.int64] | None, count: int, fetch: int
+    ) -> Hits:
+        """Fetch candidates until no other can belong among the first k; then compare all."""
+        hits, pending = no_hits(len(queries), k), np.arange(len(queries))
+        hidden = None
+        if slots is not None:
+            hidden = np.ones(len(self.rows), bool)
+            hidden[slots] = False
+        while len(pending) and fetch < count:
+            rough, names = self._candidates(queries[pending], fetch, hidden)
+            ranked = rank(
+                queries[pending],
+                names,
+                rough_floor=rough.min(axis=1) + np.float32(SCORE_ERROR),
+                k=k,
+                ids=self.rows.ids,
+                vectors_at=self._kept.__getitem__,
+            )
+            hits.ids[pending], hits.scores[pending] = ranked.ids, ranked.scores
+            pending = pending[~ranked.settled]
+            fetch *= 4
+        if len(pending):
+            found = search_exactly(queries[pending], self._kept[:], self.rows.ids, k=k, slots=slots)
+            hits.ids[pending], hits.scores[pending] = found.ids, found.scores
+        return hits
+
+    def _candidates(
+        self, queries: Vectors, fetch: int, hidden: NDArray[np.bool_] | None
+    ) -> tuple[Vectors, NDArray[np.int64]]:
+        """(Q, fetch) bfloat16 scores, as float32, and slots, in any order; hidden slots score -inf."""
+        torch = self.torch
+        wanted = torch.from_numpy(queries).bfloat16()
+        whole = torch.from_numpy(self._codes.rows.view(np.int16)).view(torch.bfloat16)
+        scores, names = [], []
+        with torch.inference_mode():
+            for start in range(0, len(whole), BLOCK_ROWS):
+                part = wanted @ whole[start : start + BLOCK_ROWS].T
+                if hidden is not None:
+                    part[:, torch.from_numpy(hidden[start : start + BLOCK_ROWS])] = -torch.inf
+                best, where = highest_columns(torch, part, fetch)
+                scores.append(best)
+                names.append(where + start)
+            best, where = torch.cat(scores, dim=1).topk(fetch, dim=1, sorted=False)
+            slots = torch.cat(names, dim=1).gather(1, where)
+        return best.float().numpy(), slots.numpy()
+
+    def save(self, path: Path, *, note: Mapping[str, Any] | None = None) -> None:
+        living = self.rows.living()
+        everything = len(living) == len(self.rows)
+        write_index_file(
+            path,
+            kind=self.kind,
+            dim=self.dim,
+            count=len(living),
+            settings={"effort": self.effort},
+            note=note or {},
+            sections={
+                "ids": array_section(self.rows.ids[living]),
+                "vectors": array_section(self._kept[:] if everything else self._kept[living]),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "auto") -> "MatrixIndex":
+        """Read what `save` wrote. Raises DamagedFile, MissingExtra."""
+        header = check_index_file(path)
+        index = cls(header.dim, device=device, **header.settings)
+        ids = read_array(path, header, "ids", np.int64, (header.count,))
+        index.rows = Rows(ids)
+        index.prepare(np.empty((0, header.dim), np.float32), header.count)
+        vectors = read_array(path, header, "vectors", np.float32, (header.count, header.dim))
+        for start in range(0, header.count, BLOCK_ROWS):
+            rows = vectors[start : start + BLOCK_ROWS]
+            index._kept.append(rows)
+            index._codes.append(to_bfloat16(rows))
+        return index
+
+
+def highest_columns(torch: Any, scores: Any, count: int) -> tuple[Any, Any]:
+    """The `count` highest scores of each row and their columns; by way of groups, as `flat.highest`."""
+    columns = scores.shape[1]
+    groups = columns // GROUP
+    if groups < 2 * count:
+        return scores.topk(min(count, columns), dim=1, sorted=False)
+    even = groups * GROUP
+    maxima = scores[:, :even].view(len(scores), GROUP, groups).amax(dim=1)
+    chosen = maxima.topk(count, dim=1, sorted=False).indices
+    members = (chosen[:, :, None] + torch.arange(0, even, groups)).view(len(scores), -1)
+    rest = torch.arange(even, columns).expand(len(scores), -1)
+    members = torch.cat([members, rest], dim=1)
+    best, where = scores.gather(1, members).topk(count, dim=1, sorted=False)
+    return best, members.gather(1, where)
