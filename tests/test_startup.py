@@ -16,10 +16,14 @@ def environment_after(code, **settings):
     """The variables above after some code in a fresh process that starts with none of them but the given."""
     script = f"{code}\nimport json, os\nprint(json.dumps({{n: os.environ.get(n) for n in {NAMES!r}}}))"
     start = {name: value for name, value in os.environ.items() if name not in NAMES} | settings
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=start, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(last_line(script, start))
+
+
+def last_line(script, environment=None):
+    """What a fresh process prints last."""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 PREPARE = "from dml.startup import prepare_process; prepare_process()"
@@ -72,10 +76,7 @@ print(json.dumps([one["architecture"] for one in threadpool_info() if "faiss" in
 """
     start = {name: value for name, value in os.environ.items() if name not in NAMES}
     start |= {} if core is None else {"OPENBLAS_CORETYPE": core}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=start, check=True
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(last_line(script, start))
     wanted = core or best_core(processor_flags())
     if not found or wanted is None:
         pytest.skip("this faiss has no OpenBLAS of its own, or the processor no AVX-512")
@@ -88,10 +89,7 @@ def test_the_blas_threshold_is_set_in_our_commands_and_nowhere_else():
     code += "print(faiss.cvar.distance_compute_blas_threshold)"
 
     def threshold(before):
-        done = subprocess.run(
-            [sys.executable, "-c", before + code], capture_output=True, text=True, check=True
-        )
-        return int(done.stdout.splitlines()[-1])
+        return int(last_line(before + code))
 
     from dml.index.faiss_index import BLAS_FROM
 
