@@ -184,6 +184,12 @@ class Keys:
         same = hmac.compare_digest(digest_of(text), key.digest if key else bytes(32))
         return key if key is not None and same and key.state() == "usable" else None
 
+    def __enter__(self) -> "Keys":
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
     def close(self) -> None:
         with self._lock:
             if self._state is not None:

@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -79,6 +80,8 @@ class Envelope:
                 seconds=self.settings.body_seconds,
             )
             await self.app(scope, guard, send_marked)
+        except ClientDisconnect:
+            pass  # gone before its body was whole: nobody is left to be answered, and nothing failed
         except Exception as error:
             problem = problem_of(error)
             state["problem"] = problem.slug

@@ -144,7 +144,8 @@ def check_address(host: str, *, insecure: bool, keys: Keys) -> None:
     raise UsageError(
         f"Refusing to listen on {host}: without API keys, every machine that reaches it could read and "
         f"change the collections. Make a key first: dml keys add NAME --scope search. Or use "
-        f"--host 127.0.0.1 with an authenticating proxy in front, or say --insecure on a network that you trust. "
+        f"--host 127.0.0.1 with an authenticating proxy in front, or say --insecure on a network that you "
+        f"trust. "
         f"(No keys in {keys.folder}; --state names another folder.)"
     )
 

@@ -174,6 +174,8 @@ def explained(path: Path) -> Iterator[None]:
     """SQLite's and the disk's errors, in our words."""
     try:
         yield
+    except sqlite3.IntegrityError:  # a row that a table does not take: for the part that wrote it
+        raise
     except sqlite3.OperationalError as error:
         raise StorageError(
             f"The state of the service, {path}, cannot be used: {error}. "

@@ -44,12 +44,13 @@ def add(
     from service.keys import Scope, parse_lifetime
     from service.limits import Rate
 
-    text, key = keys.add(
-        name,
-        scope=Scope.parse(scope),
-        lifetime=None if expires is None else parse_lifetime(expires),
-        rate=None if rate is None else Rate.parse(rate),
-    )
+    with keys:
+        text, key = keys.add(
+            name,
+            scope=Scope.parse(scope),
+            lifetime=None if expires is None else parse_lifetime(expires),
+            rate=None if rate is None else Rate.parse(rate),
+        )
     if as_json:
         typer.echo(json.dumps({**shown(key), "key": text}))
         return
@@ -61,8 +62,8 @@ def add(
 @app.command("list")
 def list_keys(state: State = None, as_json: Json = False) -> None:
     """All keys, revoked and expired ones too. The keys themselves are not kept, so they are not shown."""
-    keys = open_keys(state)
-    found = keys.list()
+    with open_keys(state) as keys:
+        found = keys.list()
     if as_json:
         typer.echo(json.dumps([shown(key) for key in found]))
         return
@@ -92,7 +93,8 @@ def revoke(
 
     dml keys revoke shop
     """
-    key = open_keys(state).revoke(name)
+    with open_keys(state) as keys:
+        key = keys.revoke(name)
     if as_json:
         typer.echo(json.dumps(shown(key)))
     else:

@@ -8,6 +8,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from dml import __version__
 from service.metrics import CONTENT_TYPE
+from service.middleware import NOTHING
 from service.problems import CATALOGUE, Problem
 from service.routes.parts import Limits, Ready, answer
 from service.schemas import ReadyAnswer, RootAnswer
@@ -81,6 +82,6 @@ async def problem_page(slug: str) -> Response:
 </main>
 </html>
 """
-    policy = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+    policy = f"{NOTHING}; style-src 'self'; img-src 'self'"
     headers = {"Content-Security-Policy": policy, "Cache-Control": "max-age=3600"}
     return Response(page, media_type="text/html", headers=headers)
