@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -550,3 +551,52 @@ def test_readers_in_other_processes_answer_by_the_generation_that_they_name(crea
     *read, (last, merged) = [json.loads(out) for out, _ in said]
     assert last >= merged > 0
     print("(answers, generations) of each reader:", *read, "changes:", last)
+
+
+def test_verifying_beside_a_busy_writer_finds_nothing(create, tmp_path):
+    shop = create(index="flat")
+    done, trouble = threading.Event(), []
+
+    def write():
+        try:
+            for n in range(100_000):
+                if done.is_set():
+                    return
+                shop.add([NewItem(f"i{n % 50}", unit(n, 1)[0], image=b"picture %d" % n)])
+                if n % 3 == 0:
+                    shop.delete([f"i{(n + 25) % 50}"])
+                if n % 5 == 0:
+                    shop.merge()
+        except Exception as error:
+            trouble.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    command = [sys.executable, "-m", "dml", "index", "verify", str(tmp_path / "shop")]
+    for _ in range(3):
+        checked = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+    done.set()
+    writer.join()
+    assert not trouble
+
+
+def test_rows_added_one_by_one_share_their_room():
+    """Views of the delta: a row costs a copy of all only when the room doubles."""
+    rows = unit(0, 5_000, dim=4)
+    views = [FlatIndex(4)]
+    for n in range(5_000):
+        views.append(views[-1].extended(np.array([n]), rows[n : n + 1]))
+    pairs = list(pairwise(views))
+    for part in (lambda v: v.vectors, lambda v: v.rows.ids, lambda v: v.rows.alive):
+        copies = sum(not np.shares_memory(part(before), part(after)) for before, after in pairs)
+        assert copies < 10
+    fewer = views[-1].without(np.arange(10))
+    more = fewer.extended(np.array([9_000]), rows[:1])
+    assert [len(v) for v in (views[100], views[-1], fewer, more)] == [100, 5_000, 4_990, 4_991]
+    assert ids_alive(more) == {*range(10, 5_000), 9_000}
+    assert ids_alive(views[100]) == set(range(100))
+
+
+def ids_alive(index):
+    return set(index.rows.ids[index.rows.living()].tolist())

@@ -5,6 +5,7 @@ from pathlib import Path
 from dml.checksums import seal_fits
 from dml.collection import catalog as sql
 from dml.collection.audit import check_catalog
+from dml.collection.base import Picture
 from dml.collection.catalog import Catalog
 from dml.collection.manifest import read_manifest
 from dml.collection.pictures import Pictures
@@ -21,17 +22,15 @@ def check(
     catalog: Catalog,
     snapshots: Snapshots,
     pictures: Pictures,
-    searched: int,
     fingerprint: str,
 ) -> list[str]:
-    """Read everything and compare it with its checksums.
+    """Read everything and compare it with its checksums; somebody may write to it meanwhile.
 
     Not compared is what says nothing: `writer.lock`, SQLite's shared memory (`-shm`), which is made anew, and
     catalogues of older formats that a migration left.
 
     Args:
         folder: of the collection.
-        searched: how many items a search is among.
         fingerprint: that the encoder must have.
 
     Returns:
@@ -39,11 +38,10 @@ def check(
     """
     problems = [*check_manifest(folder), *check_catalog(catalog)]
     try:
+        there = snapshots.paths()
         with catalog.reading() as db:
-            sequence, count = sql.read_state(db)[0], sql.count_items(db)
-        problems += snapshots.check(sequence)
-        if count != searched:
-            problems.append(f"the index holds {searched} items and the catalogue {count}")
+            sequence = sql.read_state(db)[0]
+        problems += snapshots.check(there, sequence)
         problems += check_pictures(catalog, pictures)
     except (DamagedFile, StorageError) as error:
         problems.append(str(error))
@@ -60,21 +58,20 @@ def check_manifest(folder: Path) -> list[str]:
 
 def check_pictures(catalog: Catalog, pictures: Pictures) -> list[str]:
     """Pictures that are missing or not what they were, and thumbnails that are not."""
-    problems = []
-    misfits = set(pictures.misfits())
-    checked: set[tuple[str, str | None, str | None]] = set()
+    misfits = pictures.misfits()
+    checked: dict[Picture, str | None] = {}
     with catalog.reading() as db:
         used = list(sql.all_pictures(db))
     for id, picture in used:
-        key = (picture.sha256, picture.root, picture.path)
-        if key not in checked:
-            checked.add(key)
-            problem = pictures.damaged(picture, id)
-            problems += [problem] if problem else []
-    known = {sha256 for sha256, _, _ in checked}
+        if picture not in checked:
+            checked[picture] = pictures.damaged(picture, id)
+    with catalog.reading() as db:  # what the writer has deleted since is no problem
+        still = {picture for _, picture in sql.all_pictures(db)}
+    problems = [problem for picture, problem in checked.items() if problem and picture in still]
+    known = {picture.sha256 for picture in checked}
     problems += [
         f"{path} is not the picture of its name, and no item uses it"
-        for path in sorted(misfits)
+        for path in misfits
         if path.name not in known
     ]
     problems += [

@@ -113,8 +113,8 @@ class LocalCollection:
             if not read_only:
                 sql.migrate(self.path / sql.FILE)
             self._catalog = Catalog(self.path / sql.FILE, dim=self.dim, read_only=read_only)
-            self._remember_manifest()
             try:
+                self._remember_manifest()
                 self._pictures = self._open_pictures()
                 self._state = self._open_state()
             except BaseException:
@@ -721,14 +721,18 @@ class LocalCollection:
         Returns:
             One sentence per problem; an empty list when all is well.
         """
-        return check(
+        problems = check(
             self.path,
             catalog=self._catalog,
             snapshots=self._snapshots,
             pictures=self._pictures,
-            searched=len(self._state),
             fingerprint=self.fingerprint,
         )
+        with suppress(DamagedFile, StorageError), self._moment() as (db, state):
+            count = sql.count_items(db)
+            if count != len(state):
+                problems.append(f"the index holds {len(state)} items and the catalogue {count}")
+        return problems
 
 
 def bytes_below(folder: Path) -> int:

@@ -121,11 +121,12 @@ class Pictures:
         try:
             return path.name.endswith(ASIDE) or digest_of(path) == path.name
         except ImageNotKept:
-            return False
+            return not path.exists()  # deleted by the writer just now
 
     def spoilt_thumbnails(self) -> list[Path]:
         """Thumbnails that are not as they were written."""
-        return [path for path in sorted(self.thumbnails.glob("??/*.jpg")) if read_thumbnail(path) is None]
+        found = (path for path in sorted(self.thumbnails.glob("??/*.jpg")) if read_thumbnail(path) is None)
+        return [path for path in found if path.exists()]
 
     def stored(self) -> set[str]:
         """sha256 of all pictures that are stored, used or not."""

@@ -8,6 +8,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,20 @@ class Snapshots:
             leftover.unlink(missing_ok=True)
         return int(paths[KEPT - 1].stem) if len(paths) >= KEPT else None
 
-    def check(self, sequence: int) -> list[str]:
-        """One sentence for each that does not fit its checksums, or knows changes after `sequence`."""
+    @staticmethod
+    def check(paths: Sequence[Path], sequence: int) -> list[str]:
+        """One sentence for each that does not fit its checksums, or knows changes after `sequence`.
+
+        Args:
+            paths: what there was before `sequence` was read. Those that a writer has deleted since are
+                passed over.
+        """
         problems = []
-        for path in self.paths():
+        for path in paths:
             try:
                 last = check_index_file(path).note.get("sequence", 0)
             except DamagedFile as error:
-                problems.append(str(error))
+                problems += [str(error)] if path.exists() else []
                 continue
             if last > sequence:
                 problems.append(
