@@ -100,6 +100,9 @@ def build(
     batch: BatchSize = 64,
     workers: Workers = None,
     max_bad_share: MaxBadShare = 0.05,
+    backend: move.Backend = "local",
+    uri: move.Uri = None,
+    collection: move.Name = None,
     as_json: Json = False,
 ) -> None:
     """Embed pictures and make them searchable; the same command goes on after an interruption.
@@ -112,6 +115,7 @@ def build(
     from dml.collection.build import build_collection
     from dml.collection.place import recover
 
+    move.check_backend(backend, uri)
     recover(out)
     if if_missing and is_collection(out):
         typer.echo(f"{out} is there already; nothing to do", err=True)
@@ -130,6 +134,8 @@ def build(
             settings=read_settings(store, batch, workers, max_bad_share, duplicates),
             progress=progress,
             resume=resume,
+            uri=uri,
+            collection_name=collection,
             announce=lambda line: typer.echo(line, err=True),
         )
     show_report(report, as_json=as_json)

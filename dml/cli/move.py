@@ -14,6 +14,7 @@ Uri = Annotated[
         help="Milvus: http://HOST:19530, or a file FILE.db. Password: DML_MILVUS_TOKEN=user:password."
     ),
 ]
+Backend = Annotated[str, typer.Option(help="Who keeps the collection: local, or milvus at --uri.")]
 Name = Annotated[str | None, typer.Option("--collection", help="Name in Milvus. Default: the folder's.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -82,6 +83,16 @@ def attach(
             there.check_fingerprint(loaded.fingerprint)
             copy_folder(loaded.path, folder / "encoder")
         typer.echo(f"{folder}: {len(there):,} items of {there.dim} numbers, made by {there.fingerprint[:12]}")
+
+
+def check_backend(backend: str, uri: str | None) -> None:
+    """Refuse a --backend that is not known, or does not go with --uri. Raises UsageError."""
+    from dml.errors import UsageError
+
+    if backend not in ("local", "milvus"):
+        raise UsageError(f'--backend is local or milvus, got "{backend}"')
+    if (backend == "milvus") != (uri is not None):
+        raise UsageError("--backend milvus needs --uri http://HOST:19530, and --uri needs --backend milvus.")
 
 
 COMMANDS = (move, attach)

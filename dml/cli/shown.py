@@ -13,7 +13,8 @@ def describe_index(built: Mapping[str, Any]) -> str:
     if built["exact"]:
         quality = "exact"
     elif measured:
-        quality = f"recall@10 {measured['recall_at_10']:.4f} over {measured['queries']} held-out queries"
+        asked = f"{measured['queries']} {measured.get('of', 'held-out queries')}"
+        quality = f"recall@10 {measured['recall_at_10']:.4f} over {asked}"
     else:
         quality = "approximate, recall not measured"
     return (

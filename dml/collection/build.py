@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dml.collection import create_collection, is_collection, open_collection
+from dml.collection import create_collection, in_milvus, is_collection, open_collection
 from dml.collection.derive import check_kind
 from dml.collection.importing import Progress, Report, Settings
 from dml.collection.local import LocalCollection
@@ -22,7 +22,7 @@ from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import read_manifest
 from dml.collection.place import building, clear, clear_beside, put_into_place, recover, turn
 from dml.collection.supply import MAIN_ROOT, Supply, open_supply
-from dml.errors import CollectionError, DamagedFile, UnknownCollection
+from dml.errors import CollectionError, DamagedFile, NotAvailable, UnknownCollection
 from dml.index import check_options
 from dml.storage import flush_to_disk, opened_aside, storage_errors
 
@@ -51,6 +51,8 @@ def build_collection(
     settings: Settings | None = None,
     progress: Progress | None = None,
     resume: bool = True,
+    uri: str | None = None,
+    collection_name: str | None = None,
     announce: Callable[[str], object] = log.info,
 ) -> Report:
     """Make a collection of a folder, a manifest, or a folder of embeddings made by `dml embed`.
@@ -68,6 +70,8 @@ def build_collection(
         overwrite: replace the collection that is there.
         measure: measure the recall of the index, see `LocalCollection.build_index`.
         resume: go on with what an interrupted build has left; else begin anew.
+        uri, collection_name: of a new collection in Milvus, see `milvus_create.create_milvus`. It is filled
+            where it is: after an interruption the same call goes on.
         announce: told what people may want to know meanwhile: that a build goes on, or can go on.
 
     Raises:
@@ -77,16 +81,26 @@ def build_collection(
         StorageError: the disk is full or refuses.
     """
     source, out, settings = Path(source), Path(out).absolute(), settings or Settings()
-    check_kind(kind)
-    check_options(kind, options or {})
+    if uri is None and not in_milvus(out):
+        check_kind(kind)
+        check_options(kind, options or {})
     recover(out)
     started = time.monotonic()
     supply = open_supply(source, encoder, settings)
+    if uri is not None:
+        begin_in_milvus(
+            supply,
+            out,
+            uri=uri,
+            create={"name": name, "index": kind, "options": options, "collection": collection_name},
+            store=settings.store,
+            overwrite=overwrite,
+        )
     if goes_into(out, supply.fingerprint, overwrite=overwrite):
         with open_collection(
             out, fingerprint=supply.fingerprint, device=device, merge="manual"
         ) as collection:
-            report = supply.pour(collection, progress)
+            report = supply.pour(collection, progress, resume=resume and in_milvus(out))
             report.index = collection.build_index(
                 None if kind == "auto" else kind, options=options, measure=measure
             )
@@ -186,6 +200,32 @@ def build_aside(
                     f"(or begins anew with --no-resume)"
                 )
     return report
+
+
+def begin_in_milvus(
+    supply: Supply, out: Path, *, uri: str, create: Mapping[str, Any], store: bool, overwrite: bool
+) -> None:
+    """An empty collection in Milvus and its folder at `out`, or the one that is there already.
+
+    Raises:
+        NotAvailable: pictures are to be stored, or a collection to be replaced.
+        CollectionError: `out` is something else.
+    """
+    from dml.collection.milvus_create import create_milvus
+    from dml.collection.move import copy_folder as copy_whole
+
+    if store:
+        raise NotAvailable("Milvus keeps no pictures: leave out --store, and they are used where they lie.")
+    if overwrite:
+        raise NotAvailable("A collection in Milvus is not replaced; give another --out and --collection.")
+    if is_collection(out) and not in_milvus(out):
+        raise CollectionError(f"{out} is a local collection. `dml index move` copies it into Milvus.")
+    if not is_collection(out):
+        about = {"dim": supply.dim, "fingerprint": supply.fingerprint, "encoder_info": supply.encoder_info}
+        create_milvus(out, uri=uri, **about, **create).close()
+    ours = read_manifest(out).fingerprint == supply.fingerprint
+    if ours and supply.encoder_folder is not None and not (out / "encoder").is_dir():
+        copy_whole(supply.encoder_folder, out / "encoder")
 
 
 def begin(supply: Supply, out: Path, *, create: Mapping[str, Any], resume: bool) -> LocalCollection:

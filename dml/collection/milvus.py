@@ -19,7 +19,7 @@ below its roots, which may lie elsewhere on every machine; bytes are not stored.
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,6 +68,7 @@ from dml.errors import (
     UsageError,
 )
 from dml.index.base import Vectors, check_vectors
+from dml.index.tune import Promise
 
 FORMAT = 1
 """Of what is written about a collection in Milvus, and of its fields."""
@@ -340,6 +341,13 @@ class MilvusCollection:
             self._table.upsert([row])
         return item_of({**row, "vector": None})
 
+    def rename(self, name: str) -> None:
+        """Call it by another name here; in Milvus it keeps its own. Raises as `set_root`, and UsageError."""
+        if not name.strip():
+            raise UsageError("a collection needs a name")
+        self._check_writable()
+        self._save_manifest(self.manifest.with_(name=name))
+
     def set_root(self, name: str, folder: str | Path) -> None:
         """Say where the pictures of the root `name` are on this machine. Raises ReadOnly, StorageError."""
         self._check_writable()
@@ -525,6 +533,8 @@ class MilvusCollection:
         options: Mapping[str, Any] | None = None,
         measure: bool = True,
         seed: int = 0,
+        promise: Promise | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> dict[str, Any]:
         """Have Milvus make its index anew, and wait for it. Nothing can be searched meanwhile.
 
@@ -534,6 +544,7 @@ class MilvusCollection:
             measure: measure recall@10, when all items were compared before: the neighbours that some items
                 had then are looked for again.
             seed: chooses these items.
+            promise, say: for local collections; a promise is refused.
 
         Returns:
             What is kept in the manifest as "built".
@@ -543,6 +554,8 @@ class MilvusCollection:
             ReadOnly, Unreachable
         """
         self._check_writable()
+        if promise is not None:
+            not_here("choice of an index by target recall", "name its kind, and read the recall it measures")
         asked = self.manifest.index
         same: Mapping[str, Any] = asked["options"] if kind in (None, asked["kind"]) else {}
         wanted = {"kind": kind or asked["kind"], "options": dict(same if options is None else options)}
