@@ -126,6 +126,27 @@ def check(
     require_all(measured)
 
 
+@app.command()
+def quantize(
+    encoder: Source,
+    data: Annotated[
+        str, typer.Option(metavar="FOLDER|MANIFEST", help="Pictures like those that will be embedded.")
+    ],
+    pictures: Annotated[int, typer.Option(min=8, help="How many of them to calibrate on.")] = 256,
+) -> None:
+    """Add the model in 8-bit integers, for the profiles pillow/openvino-int8 and fused/openvino-int8.
+
+    dml encoder quantize runs/shoes --data photos/
+    """
+    from dml.encoder.quantise import quantise_encoder
+
+    made = quantise_encoder(encoder, data, pictures=pictures)
+    typer.echo(
+        f"{made}: {made.stat().st_size / 1e6:,.1f} MB. Measure how near it is: "
+        f"dml encoder check {encoder} --profile fused/openvino-int8 --data {data}"
+    )
+
+
 def measure(encoder: Path, names: Sequence[str], data: str, threads: int | None) -> "list[ProfileAgreement]":
     """Measure and store the agreement of every pair of these profiles, or of one with the reference."""
     from dml.encoder.agreement import measure_profiles

@@ -293,7 +293,8 @@ def export_encoder(source: str | Path, out: Path | None = None, *, onnx: bool = 
     remade = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "made_with": installed_versions()}
     # Everything else is kept word for word, so that the fingerprint stays even where defaults have grown
     # since.
-    described = {k: v for k, v in manifest.tree.items() if k not in ("fingerprint", "files", "agreement")}
+    anew = ("fingerprint", "files", "agreement", "calibration", "profiles")
+    described = {k: v for k, v in manifest.tree.items() if k not in anew}
     return write_folder(
         weights, {**described, **remade}, manifest.folder if out is None else Path(out), onnx=onnx
     )

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from dml.data.table import Record
 from dml.encoder.decoders import DECODERS
-from dml.encoder.manifest import ONNX, WEIGHTS, Manifest, find_encoder, read_manifest, verify_file
+from dml.encoder.manifest import INT8, ONNX, WEIGHTS, Manifest, find_encoder, read_manifest, verify_file
 from dml.encoder.preprocess import Preprocess
 from dml.encoder.profiles import PRECISIONS, Profile
 from dml.encoder.stream import LARGEST_CALL, EmbeddedBatch, ReadFile, Steps, embed_ahead, processors
@@ -325,7 +325,8 @@ def open_runtime(
         if name == "openvino":
             from dml.encoder.openvino_runtime import OpenVinoRuntime
 
-            return OpenVinoRuntime(manifest.folder / ONNX, threads=threads, precision=precision)
+            model = manifest.folder / ONNX if precision != "int8" else calibrated(manifest)
+            return OpenVinoRuntime(model, threads=threads, precision=precision)
         from dml.encoder.onnx_runtime import OnnxRuntime
 
         return OnnxRuntime(manifest.folder / ONNX, device=device, threads=threads)
@@ -337,3 +338,13 @@ def open_runtime(
 
     verify_file(manifest, WEIGHTS)
     return TorchRuntime(manifest, device=device, threads=threads, precision=precision)
+
+
+def calibrated(manifest: Manifest) -> Path:
+    """The checked model in 8-bit integers. Raises EncoderError."""
+    if INT8 not in manifest.files:
+        raise EncoderError(
+            f"The encoder {manifest.folder} has no {INT8}. Make it with: dml encoder quantize "
+            f"{manifest.folder} --data FOLDER."
+        )
+    return verify_file(manifest, INT8)

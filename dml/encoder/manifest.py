@@ -8,6 +8,7 @@
                            their checksums, decoder, measured agreement of the runtimes, provenance
       model.safetensors    the weights
       model.onnx           the same model for ONNX Runtime; absent where it was not asked for
+      model.int8.onnx      the same in 8-bit integers; made by `dml encoder quantize`
 
 The fingerprint is the identity of the vectors: two encoders with the same one make the same vectors. It is
     the sha256
@@ -34,6 +35,7 @@ METRIC = "cosine"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 ONNX = "model.onnx"
+INT8 = "model.int8.onnx"
 REQUIRED: Mapping[str, type] = {
     "fingerprint": str,
     "weights_digest": str,

@@ -14,9 +14,10 @@ class OpenVinoRuntime:
     """The exported model, (N, 3, S, S) float32 → (N, D) float32. Safe to call from several threads.
 
     Args:
-        path: model.onnx.
+        path: model.onnx, or model.int8.onnx for "int8".
         threads: cores that one call uses; None: all.
-        precision: "f32", or "bf16": convolutions and products in bfloat16.
+        precision: "f32"; "bf16": convolutions and products in bfloat16; "int8": what the model says, and the
+            rest in bfloat16 where the CPU has it.
         calls: calls at a time, each with its share of the threads.
 
     Raises:
@@ -39,9 +40,10 @@ class OpenVinoRuntime:
                 f"This CPU has no bfloat16 instructions (OpenVINO finds {', '.join(able)}), so the precision "
                 f"bf16 would be slower than float32 here. Use openvino-f32 or onnx-f32."
             )
+        rest = "bf16" if "BF16" in able else "f32"
         settings: dict[str, Any] = {
             # Said also for float32: left alone, OpenVINO takes bfloat16 where the CPU has it.
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": precision if precision != "int8" else rest,
             "NUM_STREAMS": calls,
             # Pinned threads would fight with others over the first cores, whatever else is idle.
             "ENABLE_CPU_PINNING": False,

@@ -15,7 +15,7 @@ from dml.errors import ModelMismatch, UsageError
 
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("f32",),
-    "openvino": ("f32", "bf16"),
+    "openvino": ("f32", "bf16", "int8"),
     "torch": ("f32", "bf16"),
 }
 """Runtime -> the precisions that it can compute in, the default first."""
@@ -150,6 +150,6 @@ def profiles_in(info: Mapping[str, Any]) -> tuple[Profile, ...]:
     Collections from before there were profiles name their runtime only: it decoded with Pillow and computed
     in float32. None are known where nothing is said, as of vectors that came from outside.
     """
-    if info.get("profiles"):
+    if "profiles" in info:
         return tuple(Profile.parse(text) for text in info["profiles"])
     return (Profile("pillow", info["runtime"], "f32"),) if info.get("runtime") in PRECISIONS else ()
