@@ -92,6 +92,9 @@ def build(
         str | None, typer.Option(help="Name of the collection. Default: that of its folder.")
     ] = None,
     measure: Annotated[bool, typer.Option(help="Measure the recall of an approximate index.")] = True,
+    target_recall: TargetRecall = None,
+    memory: MemoryLimit = None,
+    latency: LatencyLimit = None,
     profile: ProfileName = None,
     duplicates: WhatOfDuplicates = "keep",
     resume: Annotated[
@@ -136,7 +139,8 @@ def build(
             resume=resume,
             uri=uri,
             collection_name=collection,
-            announce=lambda line: typer.echo(line, err=True),
+            announce=show_tried,
+            promise=read_promise(target_recall, memory, latency),
         )
     show_report(report, as_json=as_json)
 

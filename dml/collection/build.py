@@ -28,6 +28,7 @@ from dml.storage import flush_to_disk, opened_aside, storage_errors
 
 if TYPE_CHECKING:
     from dml.encoder import Encoder
+    from dml.index.tune import Promise
 
 __all__ = ["Progress", "Report", "Settings", "add_to_collection", "build_collection"]
 
@@ -53,7 +54,8 @@ def build_collection(
     resume: bool = True,
     uri: str | None = None,
     collection_name: str | None = None,
-    announce: Callable[[str], object] = log.info,
+    announce: Callable[[str], None] = log.info,
+    promise: "Promise | None" = None,
 ) -> Report:
     """Make a collection of a folder, a manifest, or a folder of embeddings made by `dml embed`.
 
@@ -73,6 +75,7 @@ def build_collection(
         uri, collection_name: of a new collection in Milvus, see `milvus_create.create_milvus`. It is filled
             where it is: after an interruption the same call goes on.
         announce: told what people may want to know meanwhile: that a build goes on, or can go on.
+        promise: choose the cheapest index that keeps it, instead of a kind.
 
     Raises:
         DataError: nothing to import. TooManyBadImages: more than `settings.max_bad_share`.
@@ -101,8 +104,8 @@ def build_collection(
             out, fingerprint=supply.fingerprint, device=device, merge="manual"
         ) as collection:
             report = supply.pour(collection, progress, resume=resume and in_milvus(out))
-            report.index = collection.build_index(
-                None if kind == "auto" else kind, options=options, measure=measure
+            report.index = indexed(
+                collection, None if kind == "auto" else kind, options, promise, measure=measure, say=announce
             )
     else:
         report = build_aside(
@@ -114,6 +117,7 @@ def build_collection(
             progress=progress,
             resume=resume,
             announce=announce,
+            promise=promise,
         )
     report.path, report.seconds = out, time.monotonic() - started
     return report
@@ -133,6 +137,21 @@ def add_to_collection(
     report = supply.pour(collection, progress)
     report.path, report.seconds = collection.path, time.monotonic() - started
     return report
+
+
+def indexed(
+    collection: LocalCollection,
+    kind: str | None,
+    options: Mapping[str, Any] | None,
+    promise: "Promise | None",
+    *,
+    measure: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Build the index of a kind, or the one that a promise chooses; see `LocalCollection.build_index`."""
+    if promise is None:
+        return collection.build_index(kind, options=options, measure=measure)
+    return collection.build_index(measure=measure, promise=promise, say=say)
 
 
 def goes_into(out: Path, fingerprint: str, *, overwrite: bool) -> bool:
@@ -163,7 +182,8 @@ def build_aside(
     measure: bool,
     progress: Progress | None,
     resume: bool,
-    announce: Callable[[str], object],
+    announce: Callable[[str], None],
+    promise: "Promise | None",
 ) -> Report:
     """Make a collection beside `out`, or go on making it, and rename it when it is complete.
 
@@ -179,7 +199,9 @@ def build_aside(
             if supply.encoder_folder is not None:
                 copy_folder(supply.encoder_folder, collection.path / "encoder")
             report = supply.pour(collection, progress, resume=len(collection) > 0)
-            report.index = collection.build_index(create["index"], options=create["options"], measure=measure)
+            report.index = indexed(
+                collection, create["index"], create["options"], promise, measure=measure, say=announce
+            )
             (collection.path / BEGUN).unlink(missing_ok=True)
             finished = True
         finally:
