@@ -132,8 +132,8 @@ class Collection(Protocol):
         ...
 
     def capabilities(self) -> frozenset[str]:
-        """Names among: "exact", "filter", "group_by", "generation_cursor", "payload_index", "verify", "pictures",
-        "count" (how many items pass a filter can be asked).
+        """Names among: "exact", "filter", "group_by", "generation_cursor", "payload_index", "verify",
+        "pictures", "count" (how many items pass a filter can be asked).
         """
         ...
 
