@@ -6,12 +6,15 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
+import httpx
 import pytest
 from serving import ColourEncoder, colour_collection, jpeg, running
 
 from service.app import create_app
 from service.engine import Engine
+from service.keys import Keys, Scope
 from service.settings import Settings
 
 pytestmark = pytest.mark.browser
@@ -350,3 +353,120 @@ def contrast(one: str, other: str) -> float:
 
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.fixture
+def guarded(tmp_path) -> Iterator[tuple[str, Keys]]:
+    """A service with keys."""
+    engine = Engine({"colours": colour_collection(tmp_path / "colours", pictures=3)}, [ColourEncoder()])
+    keys = Keys(tmp_path / "state")
+    keys.add("first", scope=Scope.SEARCH)
+    with running(create_app(engine, keys=keys)) as found:
+        yield found, keys
+    engine.close()
+    keys.close()
+
+
+PICTURES_SHOWN = """
+    () => document.querySelectorAll('.card img').length > 3
+      && [...document.querySelectorAll('.card img')].every((image) => image.complete && image.naturalWidth)
+"""
+
+
+@pytest.mark.parametrize("size", [(1280, 860), (390, 844)], ids=["desktop", "phone"])
+def test_a_service_with_keys_asks_for_one_and_keeps_it_for_the_tab(browser, guarded, size):
+    address, keys = guarded
+    text, _ = keys.add("page", scope=Scope.SEARCH)
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{address}/#colours")
+    page.wait_for_selector("#key[open]")
+    assert page.locator("#key-text").evaluate("field => field === document.activeElement")
+    assert not page.locator("#key-wrong").is_visible()
+    assert_no_sideways_scroll(page)
+
+    page.fill("#key-text", "dml_not_a_key")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#key-wrong:not([hidden])")
+    page.fill("#key-text", text)
+    page.keyboard.press("Enter")
+    page.wait_for_function(PICTURES_SHOWN)
+    assert not page.locator("#key").is_visible()
+    upload(page, jpeg("green", 1))
+    page.wait_for_selector(".score")
+    assert labels(page)[:3] == ["green"] * 3
+    page.wait_for_function(PICTURES_SHOWN)
+    page.locator(".hit").first.click()
+    page.wait_for_function("() => document.querySelector('#query-kind').textContent === 'More like'")
+    page.wait_for_function("() => document.querySelector('#query-image').naturalWidth > 0")
+
+    page.goto(f"{address}/?again#colours")
+    page.wait_for_function(PICTURES_SHOWN)
+    assert not page.locator("#key").is_visible(), "kept for this tab"
+    assert not [url for url in asked if text in url], "a key must not stand in an address"
+
+    keys.revoke("page")
+    page.goto(f"{address}/?revoked#colours")
+    page.wait_for_selector("#key[open]")
+    page.click("#key-cancel")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "key" in page.locator("#problem-title").inner_text()
+    other = context.new_page()
+    other.goto(f"{address}/#colours")
+    other.wait_for_selector("#key[open]")
+    context.close()
+
+
+def test_a_picture_opens_with_the_key(browser, guarded):
+    address, keys = guarded
+    text, _ = keys.add("page", scope=Scope.SEARCH)
+    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    page.goto(f"{address}/#colours/{quote('red/0', safe='')}")
+    page.fill("#key-text", text)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".score")
+    page.locator(".card").first.hover()
+    with context.expect_page() as opened:
+        page.locator(".open").first.click()
+    opened.value.wait_for_selector("img")
+    assert opened.value.evaluate("document.images[0].naturalWidth") == 96
+    context.close()
+
+
+def test_a_page_elsewhere_can_neither_read_nor_write_through_the_visitor(browser, guarded, tmp_path):
+    """A page of another host (here: localhost), and a service without keys on a loopback address."""
+    elsewhere = guarded[0].replace("127.0.0.1", "localhost")
+    engine = Engine({"colours": colour_collection(tmp_path / "open", pictures=1)}, [ColourEncoder()])
+    with running(create_app(engine)) as opened:
+        page = browser.new_context(bypass_csp=True).new_page()
+        page.goto(f"{elsewhere}/livez")
+        tried = page.evaluate(
+            """async (address) => {
+              const place = `${address}/v1/collections/colours`;
+              const form = new FormData();
+              form.append("file", new Blob(["x"]), "a.jpg");
+              const outcomes = [];
+              for (const [path, options] of [
+                [place, {}],
+                [`${place}/items/red%2F0`, { method: "DELETE" }],
+                [`${place}/items/delete`, { method: "POST", body: '{"ids": ["red/0"]}' }],
+                [`${place}/search/image`, { method: "POST", body: form }],
+                [`${place}/items/new`, { method: "PUT", body: form }],
+              ]) {
+                outcomes.push(await fetch(path, options).then((answer) => answer.status, () => "blocked"));
+              }
+              await fetch(`${place}/search/image`, { method: "POST", body: form, mode: "no-cors" }).catch(() => {});
+              return outcomes;
+            }""",
+            opened,
+        )
+        page.context.close()
+        assert tried == ["blocked"] * 5
+        assert engine.count("colours") == 4
+        assert 'dml_problems_total{type="cross-origin"}' in httpx.get(f"{opened}/metrics").text
+    engine.close()

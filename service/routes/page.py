@@ -14,6 +14,7 @@ router = APIRouter(include_in_schema=False)
 FILES = {
     "page.css": "text/css",
     "page.js": "text/javascript",
+    "key.js": "text/javascript",
     "favicon.svg": "image/svg+xml",
 }
 POLICY = "; ".join(
@@ -26,9 +27,11 @@ POLICY = "; ".join(
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
     )
 )
-"""Nothing from elsewhere, nothing inline. blob: is the picture that the user chose, before it is sent."""
+"""Nothing from elsewhere, nothing inline, no text turned into markup. blob: is the picture that the user chose, before it is sent."""
 
 
 @cache

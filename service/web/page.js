@@ -3,6 +3,8 @@
 // A search is a step: an uploaded picture, or an item of the collection. Steps form a trail; going back in the browser
 // goes back along it. Addresses are relative, so that the page also works below a prefix of a proxy.
 
+import * as key from "./key.js";
+
 const PAGE = 24;
 const SAMPLES = 24;
 const SVG = "http://www.w3.org/2000/svg";
@@ -30,7 +32,7 @@ class Problem extends Error {
 async function ask(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, { headers: { Accept: "application/json" }, ...options });
+    response = await key.send(path, { headers: { Accept: "application/json" }, ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem({ title: "The service cannot be reached", detail: "Is it still running? Try again in a moment." });
@@ -89,7 +91,7 @@ function thumb(item) {
   }
   const image = element("img", { alt: "", draggable: "false", decoding: "async" });
   image.addEventListener("error", blank);
-  image.src = address;
+  key.show(image, address);
   frame.append(image);
   return frame;
 }
@@ -129,6 +131,7 @@ function card(item, position) {
   entry.style.setProperty("--place", Math.min(position, 24));
   if (scored && item.image) {
     const open = element("a", { class: "open", href: local(item.image), target: "_blank", rel: "noopener", "aria-label": `Open the picture of ${name}` });
+    key.follow(open, local(item.image));
     open.append(drawing("M8 4H5a1 1 0 0 0-1 1v10a1 1 0 0 0 1 1h10a1 1 0 0 0 1-1v-3M12 4h4v4M16 4l-7 7"));
     entry.append(open);
   }
@@ -249,7 +252,7 @@ function describe(step) {
   frame.classList.toggle("blank", !address);
   picture.onerror = () => frame.classList.add("blank");
   picture.alt = upload ? "The picture that is looked for" : `The picture of ${step.label ?? step.id}`;
-  if (address) picture.src = address;
+  if (address) key.show(picture, address);
   else picture.removeAttribute("src");
 }
 
@@ -267,8 +270,9 @@ function drawTrail() {
     });
     const address = upload ? step.url : thumbnail(step.image);
     if (address) {
-      const image = element("img", { alt: "", draggable: "false", src: address });
+      const image = element("img", { alt: "", draggable: "false" });
       image.addEventListener("error", () => image.remove());
+      key.show(image, address);
       button.append(image);
     }
     button.addEventListener("click", () => {
