@@ -628,7 +628,8 @@ class LocalCollection:
             self._state = state
             oldest = self._snapshots.drop_old()
             if oldest is not None:
-                self._catalog.forget_removed(oldest)
+                with suppress(StorageError):  # the new index is in place; the next one forgets more
+                    self._catalog.forget_removed(oldest)
         return about
 
     def _sweep(self) -> None:
