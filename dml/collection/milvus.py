@@ -332,10 +332,10 @@ class MilvusCollection:
         with self._lock:
             [item] = self.get([id], with_vector=True)
             payload = {key: value for key, value in {**item.payload, **changes}.items() if value is not None}
+            check_size(payload, id)
             size, before = (len(encode_payload(tree, id).encode()) for tree in (payload, item.payload))
             if max_bytes is not None and size > max_bytes and size > before:
                 raise PayloadTooLarge(size, max_bytes)
-            check_size(payload, id)
             assert item.vector is not None
             row = self._row(id, item.vector, payload, item.picture)
             self._table.upsert([row])
