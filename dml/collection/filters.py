@@ -215,7 +215,11 @@ def read_range(key: str, given: Any, at: str) -> Range:
         place = f"{at}/{name}"
         if isinstance(bound, str):
             if time_of(bound) is None:
-                refuse(place, f'"{bound:.40}" is no date or time as 2024-05-31 or 2024-05-31T12:00:00Z')
+                refuse(
+                    place,
+                    f"a bound is a number, or a date or time as 2024-05-31 or 2024-05-31T12:00:00Z; "
+                    f'got the text "{bound:.40}"',
+                )
         elif isinstance(bound, bool) or not isinstance(bound, int | float):
             refuse(place, f"a bound is a number, a date or a time, got {shown(bound)}")
         ends[name] = read_scalar(bound, place)
