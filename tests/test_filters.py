@@ -419,7 +419,10 @@ def test_a_tree_is_data():
     assert parse_filter(filter) is filter
     assert canonical(filter) == canonical(parse_filter(json.loads(json.dumps(tree))))
     assert canonical(Filter(must=(Match("a", (True,)),))) != canonical(Filter(must=(Match("a", (1,)),)))
-    assert not parse_filter({"must": []})
+    empty = [{}, {"must": []}, {"must": [{}]}, {"should": [{"must": [{}]}, {"has_id": []}]}]
+    assert not any(parse_filter(tree) for tree in empty)
+    some = [{"must_not": [{}]}, {"must": [{}, {"has_id": []}]}, {"should": [{"must_not": [{}]}]}]
+    assert all(parse_filter(tree) for tree in some)
     assert steps_of('a[].b[3]."c.d"') == ("a", None, "b", 3, "c.d")
 
 

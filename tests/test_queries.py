@@ -225,7 +225,7 @@ def test_items_are_scrolled_counted_and_deleted_by_filter(shop):
     assert collection.delete_matching(RED) == len(seen)
     assert (collection.count(RED), collection.count()) == (0, len(model.vectors) - len(seen))
     assert collection.delete_matching(RED) == 0
-    for filter in ({}, {"must": []}):
+    for filter in ({}, {"must": []}, {"must": [{}]}, {"should": [{}, RED]}):
         with pytest.raises(FilterInvalid, match="every item"):
             collection.delete_matching(filter)
     with pytest.raises(FilterInvalid, match="/must/0"):

@@ -109,8 +109,9 @@ def test_hits_are_grouped(http):
     by_price = search(http, group_by="price", limit=2)
     assert all(isinstance(hit["group"], int) for hit in by_price["hits"])
     assert "group" not in search(http)["hits"][0]
-    body = {"query": {"id": "red/1"}, "group_by": "a..b"}
-    problem(http.post(f"{PLACE}/search", json=body), 422, "invalid-request")
+    for wrong in ({"group_by": "a..b"}, {"group_by": "label", "limit": 1000, "group_size": 11}):
+        body = {"query": {"id": "red/1"}} | wrong
+        problem(http.post(f"{PLACE}/search", json=body), 422, "invalid-request")
 
 
 def test_a_walk_goes_through_all_hits_while_they_are_deleted(http):

@@ -121,11 +121,19 @@ class Filter:
     must_not: "tuple[Condition, ...]" = ()
 
     def __bool__(self) -> bool:
-        """Whether anything is asked for: an empty filter lets everything pass."""
-        return bool(self.must or self.should or self.must_not)
+        """Whether anything is asked for. An empty filter, or one of empty filters, lets everything pass."""
+        of_all = any(asks(condition) for condition in self.must)
+        of_some = bool(self.should) and all(asks(condition) for condition in self.should)
+        return of_all or of_some or bool(self.must_not)
 
 
 Condition = Match | Except | Range | Exists | IsNull | HasId | Filter
+
+
+def asks(condition: Condition) -> bool:
+    """Whether it asks for anything: only an empty filter does not."""
+    return not isinstance(condition, Filter) or bool(condition)
+
 
 EVERYTHING = Filter()
 """The filter that lets every item pass."""

@@ -133,6 +133,9 @@ def to_search(
     if asked.limit + asked.offset > settings.max_window:
         given = f"{asked.limit} + {asked.offset}"
         raise invalid("/offset", f"limit + offset must be at most {settings.max_window}, got {given}")
+    if asked.group_by is not None and asked.limit * asked.group_size > settings.max_window:
+        given = f"{asked.limit} x {asked.group_size}"
+        raise invalid("/group_size", f"limit x group_size must be at most {settings.max_window}, got {given}")
     spec = query if isinstance(query, QuerySpec) else QuerySpec.model_construct(**query.model_dump())
     if spec.image_url is not None:
         raise Problem(
