@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +170,15 @@ def test_a_killed_build_goes_on_on_the_command_line(photos, encoder, tmp_path):
     assert "were there from an interrupted build" in said.stdout
     assert "work: decode" in said.stdout
     assert len(contents(tmp_path / "shop")[0]) == 48
+
+
+def test_the_python_of_the_documentation_runs(photos, encoder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(encoder.path, tmp_path / "runs" / "shoes" / "encoder")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "building.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "docs/building.md", "exec"), {})
+    assert "48 added, 0 unreadable" in capsys.readouterr().out
 
 
 # Equal bytes
