@@ -90,5 +90,6 @@ step tests gpu_tests
 step pictures pictures
 step training training
 step evaluation evaluation
+step speed_search "$python" -m eval.speed search --rows 100000 --dim 128 --out "$out/speed_search_result.json"
 step speed_metrics "$python" -m eval.speed metrics --out "$out/speed_metrics_result.json"
 exit "$failed"

@@ -36,13 +36,13 @@ VARIANTS = {
 """Kinds with options that change what they are made of."""
 
 
-def make(kind, dim=DIM, **options):
+def make(kind, dim=DIM, *, device="cpu", **options):
     kind, of_variant = VARIANTS.get(kind, (kind, {}))
     if kind == "matrix":
         pytest.importorskip("torch", reason="torch is not installed")
     elif kind != "flat":
         pytest.importorskip("faiss", reason="faiss is not installed")
-    return make_index(kind, dim, device="cpu", **{**of_variant, **options})
+    return make_index(kind, dim, device=device, **{**of_variant, **options})
 
 
 every_kind = pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
@@ -617,35 +617,33 @@ def gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["faiss_flat", "ivf"])
+@pytest.mark.parametrize("kind", ["faiss_flat", "faiss_flat float16", "ivf", "ivf pq8"])
 class TestOnGpu:
     def test_answers_as_on_the_cpu(self, kind, gpu, data):
         ids, vectors, queries = data
-        index = make_index(kind, DIM, device=gpu)
+        index = make(kind, device=gpu)
         index.add(ids, vectors)
         assert index.describe()["device"] == gpu
-        assert same_as(index.search(queries, 10, exact=True), brute_force(queries, ids, vectors, 10))
+        assert same_as(index.search(queries, 10, exact=True), truth(index, queries, ids, 10))
 
     def test_more_neighbours_than_the_kernels_select(self, kind, gpu, data):
         ids, vectors, queries = data
-        index = make_index(kind, DIM, device=gpu)
+        index = make(kind, device=gpu)
         index.add(ids, vectors)
-        assert same_as(index.search(queries[:3], 2900), brute_force(queries[:3], ids, vectors, 2900))
+        assert same_as(index.search(queries[:3], 2900), truth(index, queries[:3], ids, 2900))
 
     def test_removed_and_not_allowed_ids_stay_away(self, kind, gpu, data):
         ids, vectors, queries = data
-        index = make_index(kind, DIM, device=gpu)
+        index = make(kind, device=gpu)
         index.add(ids, vectors)
         index.remove(ids[:500])
-        assert same_as(
-            index.search(queries, 10, exact=True), brute_force(queries, ids[500:], vectors[500:], 10)
-        )
+        assert same_as(index.search(queries, 10, exact=True), truth(index, queries, ids[500:], 10))
         hits = index.search(queries, 10, allowed=ids[:600])
         assert np.isin(hits.ids, ids[500:600]).all()
 
     def test_a_file_saved_on_the_gpu_loads_on_the_cpu(self, kind, gpu, data, tmp_path: Path):
         ids, vectors, queries = data
-        index = make_index(kind, DIM, device=gpu)
+        index = make(kind, device=gpu)
         index.add(ids, vectors)
         index.save(tmp_path / "one.index")
         loaded = load_index(tmp_path / "one.index", device="cpu")
@@ -655,7 +653,7 @@ class TestOnGpu:
 
     def test_threads_share_one_gpu_index(self, kind, gpu, data):
         ids, vectors, queries = data
-        index = make_index(kind, DIM, device=gpu)
+        index = make(kind, device=gpu)
         index.add(ids, vectors)
         expected = index.search(queries, 10)
         answers = []

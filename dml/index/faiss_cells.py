@@ -28,8 +28,8 @@ LEARN_FROM = 1_000
 FAST_SCAN_BLOCK = 32
 """Vectors that faiss's fast scan compares at once; its lists are filled up to whole blocks."""
 
-BITS_AT_ONCE = 16
-"""RaBitQ and the pieces of a product quantiser want dimensions in multiples of this at most."""
+GPU_PIECES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+"""Bytes of a pq8 code that faiss's GPU kernels know, and that need no further option."""
 
 
 class Scan(NamedTuple):
@@ -51,7 +51,7 @@ class FaissIvfIndex(FaissIndex):
             least 16. With codes, an effort beyond the number of cells compares more candidates instead.
         codes: none, int8, pq (4 bits a piece, compared in registers), pq8 (8 bits a piece; also on a GPU), or
             rabitq (signs after a random rotation).
-        pieces: of pq and pq8; 0: D / 2 and D / 4.
+        pieces: of pq and pq8; 0: D / 2, and about D / 4, see `pieces_for`.
         bits: of rabitq, per number, 1 to 8.
         refine: with codes: candidates compared again, per result (at least ten results are reckoned).
         precision: with codes: float32, float16, bfloat16 or int8, how the vectors themselves are kept.
@@ -135,7 +135,7 @@ class FaissIvfIndex(FaissIndex):
     def _width(self) -> int:
         """Numbers per vector in the engine: whole pieces, filled up with zeros."""
         if self.codes in ("pq", "pq8"):
-            self.pieces = self.pieces or max(1, self.dim // (2 if self.codes == "pq" else 4))
+            self.pieces = self.pieces or pieces_for(self.codes, self.dim)
             return -(-self.dim // self.pieces) * self.pieces
         return -(-self.dim // 8) * 8 if self.codes == "rabitq" else self.dim
 
@@ -326,6 +326,13 @@ class FaissRabitqIndex(FaissIvfIndex):
 
     def _raised(self, effort: int, share: float) -> int:
         return effort  # all codes of those that may be returned are compared
+
+
+def pieces_for(codes: str, dim: int) -> int:
+    """Two numbers a piece for pq; for pq8 four or more, as many pieces as faiss's GPU kernels can have."""
+    if codes == "pq":
+        return max(1, dim // 2)
+    return max([pieces for pieces in GPU_PIECES if pieces <= dim // 4], default=1)
 
 
 def cells_for(count: int) -> int:

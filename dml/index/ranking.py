@@ -77,6 +77,8 @@ def _rank_all(
     ids: Ids,
     vectors_at: VectorsAt,
 ) -> Ranked:
+    if len(queries) == 1 and len(ids):
+        return _rank_one(queries[0], slots[0], rough_floor=rough_floor, k=k, ids=ids, vectors_at=vectors_at)
     scores = true_scores(queries, slots, vectors_at)
     names = ids[slots] if len(ids) else np.full(slots.shape, -1)
     if slots.min(initial=0) < 0:
@@ -92,6 +94,33 @@ def _rank_all(
     else:
         settled = np.isneginf(rough_floor) | (scores[:, -1] > rough_floor + ROUGH_ERROR)
     return Ranked(names, scores, settled)
+
+
+def _rank_one(
+    query: Vectors,
+    slots: NDArray[np.int64],
+    *,
+    rough_floor: NDArray[np.float32] | None,
+    k: int,
+    ids: Ids,
+    vectors_at: VectorsAt,
+) -> Ranked:
+    """As for several queries, with plain rows: half of the time of a quick search went into index arrays."""
+    there = slots if slots.min(initial=0) >= 0 else slots[slots >= 0]
+    scores = np.multiply(vectors_at(there), query, dtype=np.float64).sum(axis=1).astype(np.float32)
+    names = ids[there]
+    order = np.lexsort((names, -scores))
+    found = min(k, len(order))
+    best = np.full((1, min(k, len(slots))), -np.inf, np.float32)
+    named = np.full(best.shape, -1, np.int64)
+    best[0, :found], named[0, :found] = scores[order[:found]], names[order[:found]]
+    last = best[0, -1]
+    if rough_floor is not None:
+        settled = np.isneginf(rough_floor) | (last > rough_floor + ROUGH_ERROR)
+    else:
+        farthest = scores[order[-1]] if len(there) == len(slots) else -np.inf
+        settled = np.array([farthest < last])
+    return Ranked(named, best, settled)
 
 
 def nearest_roughly(

@@ -6,6 +6,7 @@
     python -m eval.speed statistics
     python -m eval.speed metrics --rows 10000 60000 --per-class 20 600
     python -m eval.speed memory --rows 120000 --limit-gib 2
+    python -m eval.speed search --rows 100000 --dim 128 --threads 1
     python -m eval.speed filters --rows 100000 --dim 128 --kinds hnsw ivf
 
 Every contender gets the same inputs and threads and must compute the same; repeats alternate between the
@@ -22,8 +23,11 @@ from typing import Any
 from dml.errors import DmlError
 from eval.speed import race
 
-TABLES = ("losses", "bank", "statistics", "metrics", "memory", "filters")
-REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1, "filters": 200}
+TABLES = ("losses", "bank", "statistics", "metrics", "memory", "filters", "search")
+REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1} | {
+    "filters": 200,
+    "search": 7,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--classes", type=int, default=100, help="statistics: number of classes")
     usage.add_argument("--repeats", type=int, default=0, help="turns of every contender; 0: the table's own")
     usage.add_argument("--threads", type=int, default=0, help="of every contender; 0: their own choice")
-    usage.add_argument("--only", nargs="+", default=[], help="losses: parts of the names of definitions")
+    usage.add_argument("--only", nargs="+", default=[], help="losses, search: parts of names")
     usage.add_argument("--loop", action="store_true", help="losses, metrics: also plain loops, for context")
     usage.add_argument("--compile", action="store_true", help="losses: also torch.compile of the plain form")
     usage.add_argument("--trunk", default="resnet50", help="statistics: whose training step")
@@ -64,7 +68,10 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--size", type=int, default=224, help="statistics: their side in pixels")
     usage.add_argument("--limit-gib", type=float, help="memory: of the process; else what a call may take")
     usage.add_argument("--kinds", nargs="+", default=["hnsw", "ivf"], help="filters: kinds of index")
-    usage.add_argument("--vectors", type=Path, help="filters: (N, D) unit vectors in a .npy file")
+    usage.add_argument("--vectors", type=Path, help="filters, search: (N, D) unit vectors in a .npy file")
+    usage.add_argument(
+        "--targets", type=float, nargs="+", default=[0.95, 0.99], help="search: recall@10 to be reached"
+    )
     usage.add_argument("--patience", type=float, default=120, help="seconds a first call may take")
     usage.add_argument("--out", type=Path, help="JSON file")
     return usage
@@ -164,6 +171,30 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def search(args: argparse.Namespace) -> dict[str, Any]:
+    from dml.startup import prepare_process
+
+    prepare_process()  # before faiss is loaded
+    from eval.speed.search import speed_of_search
+
+    return speed_of_search(
+        rows=(args.rows or [100_000])[0],
+        dim=args.dim,
+        vectors=args.vectors,
+        targets=args.targets,
+        repeats=args.repeats,
+        threads=args.threads or 1,
+        only=args.only,
+        say=say,
+    )
+
+
+def print_search(result: Mapping[str, Any]) -> str:
+    from eval.speed import search
+
+    return search.print_search(result)
+
+
 def filters(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
@@ -253,6 +284,7 @@ RUN: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "metrics": metrics,
     "memory": memory,
     "filters": filters,
+    "search": search,
 }
 PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "losses": print_losses,
@@ -261,6 +293,7 @@ PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "metrics": print_metrics,
     "memory": lambda result: json.dumps(result, indent=1),
     "filters": print_filters,
+    "search": print_search,
 }
 
 if __name__ == "__main__":
