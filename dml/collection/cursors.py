@@ -121,7 +121,7 @@ class Walks:
             walk = begun(pin, name, vector) if place is None else under_way(pin, place.walk, vector)
             searcher = Searcher(pin.db, pin.state, self._row_sets, query)
             ranking = ranked(walk, searcher, count=offset + query.limit + 1)
-            result = searcher.page(ranking)
+            [result] = searcher.pages([ranking])
         end = offset + len(result.hits)
         if end >= len(ranking.rows):
             return result

@@ -1,12 +1,13 @@
 """The best items of each of the best groups: hits grouped by a field of their payload."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from dml.collection import catalog as sql
 from dml.collection.base import Hit, SearchResult
 from dml.collection.filters import Except, Match, Scalar, steps_of, values_at
-from dml.collection.query import Ranking, Scope, Searcher
+from dml.collection.query import Ranking, Scope, Searcher, hits_of
 from dml.index.base import Vectors
 
 LOOKS = 2
@@ -63,10 +64,11 @@ class Grouping:
         best = sorted(self.groups.values(), key=lambda group: group.place)[:wanted]
         if not complete:
             self._fill(vector, best)
+        shown = [(group.value, group.best(query.group_size)) for group in best[query.offset :]]
+        items = self.searcher.items({row for _, ranking in shown for row in ranking.rows.tolist()})
         hits: list[Hit] = []
-        for group in best[query.offset :]:
-            hits += self.searcher.hits(group.best(query.group_size), group=group.value)
-        hits = [replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1)]
+        for value, ranking in shown:
+            hits += hits_of(ranking, items, first_rank=len(hits) + 1, group=value)
         sequence, is_exact = self.searcher.state.sequence, self.all_groups and not self.approximate
         return SearchResult(hits, sequence, self.approximate, total=len(self.groups), total_is_exact=is_exact)
 
@@ -109,7 +111,7 @@ class Grouping:
         """Sort the best `count` items into groups; whether there are no more."""
         [ranking] = self.searcher.ranked(vector, count, scope=scope)
         self.approximate |= scope.approximate
-        items = self.searcher.items(ranking.rows.tolist())
+        items = sql.items_by_row(self.searcher.db, ranking.rows.tolist())
         for row, score in zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True):
             for value in values_at(items[row].payload, steps_of(self.key)):
                 if isinstance(value, Scalar):

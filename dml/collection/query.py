@@ -9,7 +9,7 @@ to do with where the query is, and the answer says that it is approximate.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -158,22 +158,20 @@ class Searcher:
 
     def answer(self, vectors: Vectors) -> list[SearchResult]:
         """One result per row of `vectors` (Q, D)."""
-        count = self.query.offset + self.query.limit
-        return [self.page(ranking) for ranking in self.ranked(vectors, count)]
+        return self.pages(self.ranked(vectors, self.query.offset + self.query.limit))
 
-    def page(self, ranking: Ranking) -> SearchResult:
-        """The part of a ranking that the query asks for; the ranking goes at least that far."""
-        query = self.query
+    def pages(self, rankings: Sequence[Ranking]) -> list[SearchResult]:
+        """The parts of rankings that the query asks for; the rankings go at least that far."""
+        query, sequence, approximate = self.query, self.state.sequence, self.scope.approximate
         part = slice(query.offset, query.offset + query.limit)
-        shown = Ranking(ranking.rows[part], ranking.scores[part], ranking.complete)
-        total, is_exact = self._total(ranking)
-        return SearchResult(
-            self.hits(shown, first_rank=query.offset + 1),
-            self.state.sequence,
-            self.scope.approximate,
-            total=total,
-            total_is_exact=is_exact,
-        )
+        shown = [Ranking(r.rows[part], r.scores[part], r.complete) for r in rankings]
+        items = self.items({row for ranking in shown for row in ranking.rows.tolist()})
+        results = []
+        for whole, ranking in zip(rankings, shown, strict=True):
+            hits = hits_of(ranking, items, first_rank=query.offset + 1)
+            total, is_exact = self._total(whole)
+            results.append(SearchResult(hits, sequence, approximate, total=total, total_is_exact=is_exact))
+        return results
 
     def ranked(self, vectors: Vectors, count: int, *, scope: Scope | None = None) -> list[Ranking]:
         """The best `count` of each query that qualify."""
@@ -265,22 +263,24 @@ class Searcher:
 
     # Items
 
-    def hits(self, ranking: Ranking, *, first_rank: int = 1, group: Scalar | None = None) -> list[Hit]:
-        """The items of a ranking."""
-        rows = ranking.rows.tolist()
-        items = self.items(rows)
-        return [
-            Hit(items[row].id, min(1.0, max(-1.0, score)), rank, items[row], group=group)
-            for rank, (row, score) in enumerate(zip(rows, ranking.scores.tolist(), strict=True), first_rank)
-        ]
-
-    def items(self, rows: Sequence[int]) -> dict[int, Item]:
+    def items(self, rows: Collection[int]) -> dict[int, Item]:
         """row -> item, with its vector where the query wants it."""
         items = sql.items_by_row(self.db, rows)
         if self.query.with_vector:
             stored = sql.vectors_of(self.db, rows)
             items = {row: replace(item, vector=stored[row]) for row, item in items.items()}
         return items
+
+
+def hits_of(
+    ranking: Ranking, items: Mapping[int, Item], *, first_rank: int, group: Scalar | None = None
+) -> list[Hit]:
+    """A ranking as hits. `items`: row -> item, for all of its rows."""
+    pairs = zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True)
+    return [
+        Hit(items[row].id, min(1.0, max(-1.0, score)), rank, items[row], group=group)
+        for rank, (row, score) in enumerate(pairs, first_rank)
+    ]
 
 
 def among(ids: Ids, allowed: Ids) -> NDArray[np.bool_]:
