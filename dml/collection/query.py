@@ -276,9 +276,9 @@ def hits_of(
     ranking: Ranking, items: Mapping[int, Item], *, first_rank: int, group: Scalar | None = None
 ) -> list[Hit]:
     """A ranking as hits. `items`: row -> item, for all of its rows."""
-    pairs = zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True)
+    pairs = zip(ranking.rows.tolist(), np.clip(ranking.scores, -1, 1).tolist(), strict=True)
     return [
-        Hit(items[row].id, min(1.0, max(-1.0, score)), rank, items[row], group=group)
+        Hit(items[row].id, score, rank, items[row], group=group)
         for rank, (row, score) in enumerate(pairs, first_rank)
     ]
 
