@@ -216,6 +216,12 @@ CATALOGUE: dict[str, Kind] = {
             "Try again when it has ended.", retry_after=5,
         ),
         Kind(
+            "backend-unreachable", 503, "What keeps the collection does not answer",
+            "The collection is kept by a database server, and that does not answer now.",
+            "Try again as Retry-After says; if it stays so, the operator has to look after the server.",
+            retry_after=5,
+        ),
+        Kind(
             "deadline", 504, "No answer in time",
             "The request took longer than a request may take here.",
             "Try again; if it stays so, ask for less at once.", retry_after=1,
@@ -245,6 +251,7 @@ KIND_OF: dict[type[errors.DmlError], str] = {
     errors.CursorInvalid: "cursor-invalid",
     errors.CursorExpired: "cursor-expired",
     errors.CollectionLocked: "collection-locked",
+    errors.Unreachable: "backend-unreachable",
     errors.ReadOnly: "read-only",
     errors.NotAvailable: "not-available",
     errors.StorageError: "storage",
@@ -339,6 +346,8 @@ def problem_of(error: Exception) -> Problem:
             slug = KIND_OF[cls]
             if CATALOGUE[slug].status == 507:  # its message names files of the server
                 return Problem(slug, "The write was not stored, and nothing of it remains.")
+            if isinstance(error, errors.Unreachable):  # its message names an inner address
+                return Problem(slug, CATALOGUE[slug].meaning)
             return Problem(slug, str(error), **extras_of(error))
     return Problem("internal-error", "The service failed; its log has the cause under the request id.")
 
