@@ -122,6 +122,15 @@ def test_the_least_effort_that_will_do_is_found(vectors):
     assert find_effort(index, asked, target=1.0, efforts=(1, 4))[0] is None
 
 
+def test_an_effort_that_finds_nothing_more_is_not_raised_further(vectors):
+    index = make_index("pq", DIM, device="cpu", pieces=4, precision="int8")
+    index.add(np.arange(2500), vectors[:2500])
+    asked = asked_of(vectors[2500:], [(np.arange(2500), vectors[:2500])])
+    effort, curve = find_effort(index, asked, target=0.9999, efforts=(1, 1 << 20))
+    assert effort is None
+    assert curve[-1].effort < 1 << 12
+
+
 def test_the_cheapest_that_holds_is_chosen_and_the_table_says_why(vectors):
     lines = []
     choice = choose(vectors, Promise(0.9), plans_to_try=[FLAT, HALF, GRAPH, NEVER], say=lines.append)

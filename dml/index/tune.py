@@ -50,6 +50,14 @@ CELLS_FROM = 20_000
 MOST_SECONDS = 1.0
 """A single query over the sample that takes longer is hopeless whatever it finds."""
 
+LEAST_GAIN = 5e-4
+"""Recall that four times the effort must bring, to go on."""
+
+FREE_STEPS = 6
+
+PROBED = 2_000
+"""Vectors that tell how much memory one takes."""
+
 TIMED_QUERIES = 50
 FINENESS = 1.1
 """The effort is found to within this factor."""
@@ -321,7 +329,7 @@ def find_effort(
     while good is None:
         if enough(effort):
             good = effort
-        elif effort >= high or curve[-1].latency > too_slow:
+        elif effort >= high or curve[-1].latency > too_slow or stands_still(curve):
             return None, curve
         else:
             bad, effort = effort, min(2 * effort, high)
@@ -332,6 +340,14 @@ def find_effort(
         else:
             bad = middle
     return good, sorted(curve, key=lambda point: point.effort)
+
+
+def stands_still(curve: Sequence[Point]) -> bool:
+    """Whether four times the effort has found nothing more: the bits that are kept cannot tell more apart.
+
+    The first few doublings do not count: a graph looks at all that is fetched, however low the effort.
+    """
+    return len(curve) > FREE_STEPS and curve[-1].recall - curve[-3].recall < LEAST_GAIN
 
 
 def try_plan(
@@ -355,6 +371,10 @@ def try_plan(
         return replace(trial, problem=str(error))
     if only_exact and not index.exact:
         return replace(trial, problem="too few queries to promise anything of an approximate index")
+    if promise.memory is not None:
+        memory = memory_of(plan, rows[:PROBED], count=count, device=device)
+        if memory > promise.memory:
+            return replace(trial, memory=memory, problem=too_large(memory, promise.memory))
     started = time.perf_counter()
     index.prepare(rows, len(rows))
     index.add(np.arange(len(rows)), rows)
@@ -362,7 +382,7 @@ def try_plan(
     memory = round(index.nbytes / len(rows) * count)
     trial = replace(trial, build_seconds=round(seconds, 3), memory=memory)
     if promise.memory is not None and memory > promise.memory:
-        return replace(trial, problem=f"{memory / 1e6:,.0f} MB, more than {promise.memory / 1e6:,.0f} MB")
+        return replace(trial, problem=too_large(memory, promise.memory))
     growth = (count / len(rows)) ** plan.growth
     limit = math.inf if promise.latency is None else promise.latency / growth
     if index.exact:
@@ -387,6 +407,19 @@ def try_plan(
             trial, problem=f"{predicted * 1e3:.2f} ms a query, more than {promise.latency * 1e3:.2f} ms"
         )
     return trial
+
+
+def memory_of(plan: Plan, few: Vectors, *, count: int, device: str) -> int:
+    """Bytes over all vectors, reckoned from a few: what is too large need not be built to be refused."""
+    from dml.index import make_index
+
+    index = make_index(plan.kind, few.shape[1], device=device_for(device, plan.kind), **plan.options)
+    index.add(np.arange(len(few)), few)
+    return round(index.nbytes / len(few) * count)
+
+
+def too_large(needed: int, allowed: int) -> str:
+    return f"{needed / 1e6:,.1f} MB, more than {allowed / 1e6:,.1f} MB"
 
 
 def device_for(device: str, kind: str) -> str:
