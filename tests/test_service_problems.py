@@ -448,9 +448,10 @@ def test_every_error_of_ours_becomes_a_problem_of_the_catalogue():
         if cls.__init__ is errors.DmlError.__init__ or cls.__init__ is Exception.__init__:
             problem = problem_of(cls("what went wrong"))
             assert problem.slug in CATALOGUE
-            assert (problem.slug == "internal-error") == (
-                "what went wrong" not in problem.detail
-            ) or cls in (errors.StorageError, errors.Unreachable)  # whose messages name files and addresses
+            assert (problem.slug == "internal-error") == ("what went wrong" not in problem.detail) or cls in (
+                errors.StorageError,
+                errors.Unreachable,
+            )  # whose messages name files and addresses
 
 
 def test_a_failure_of_the_service_says_nothing_of_its_inside(tmp_path):
