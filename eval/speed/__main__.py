@@ -6,6 +6,7 @@
     python -m eval.speed statistics
     python -m eval.speed metrics --rows 10000 60000 --per-class 20 600
     python -m eval.speed memory --rows 120000 --limit-gib 2
+    python -m eval.speed ingest --data photos/ --threads 4
     python -m eval.speed search --rows 100000 --dim 128 --threads 1
     python -m eval.speed filters --rows 100000 --dim 128 --kinds hnsw ivf
 
@@ -23,8 +24,8 @@ from typing import Any
 from dml.errors import DmlError
 from eval.speed import race
 
-TABLES = ("losses", "bank", "statistics", "metrics", "memory", "filters", "search")
-REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1} | {
+TABLES = ("losses", "bank", "statistics", "metrics", "memory", "ingest", "filters", "search")
+REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1, "ingest": 3} | {
     "filters": 200,
     "search": 7,
 }
@@ -63,10 +64,13 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--only", nargs="+", default=[], help="losses, search: parts of names")
     usage.add_argument("--loop", action="store_true", help="losses, metrics: also plain loops, for context")
     usage.add_argument("--compile", action="store_true", help="losses: also torch.compile of the plain form")
-    usage.add_argument("--trunk", default="resnet50", help="statistics: whose training step")
+    usage.add_argument("--trunk", help="statistics: whose training step; ingest: of an untrained encoder")
     usage.add_argument("--pictures", type=int, default=16, help="statistics: pictures in the step")
-    usage.add_argument("--size", type=int, default=224, help="statistics: their side in pixels")
+    usage.add_argument("--size", type=int, default=224, help="statistics, ingest: their side in pixels")
     usage.add_argument("--limit-gib", type=float, help="memory: of the process; else what a call may take")
+    usage.add_argument("--data", help="ingest: folder or manifest of photos; else some are drawn")
+    usage.add_argument("--encoder", type=Path, help="ingest: a trained encoder or run")
+    usage.add_argument("--images", type=int, default=1000, help="ingest: files to embed")
     usage.add_argument("--kinds", nargs="+", default=["hnsw", "ivf"], help="filters: kinds of index")
     usage.add_argument("--vectors", type=Path, help="filters, search: (N, D) unit vectors in a .npy file")
     usage.add_argument(
@@ -120,7 +124,7 @@ def class_statistics(args: argparse.Namespace) -> dict[str, Any]:
         classes=args.classes,
         dim=args.dim,
         repeats=args.repeats,
-        trunk=args.trunk,
+        trunk=args.trunk or "resnet50",
         pictures=args.pictures,
         size=args.size,
         patience=args.patience,
@@ -169,6 +173,27 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
         "value ±": row.get("value differs"),
         "gradient ±": row.get("gradient differs", row.get("differs")),
     }
+
+
+def ingest(args: argparse.Namespace) -> dict[str, Any]:
+    from eval.speed.ingest import speed_of_ingest
+
+    return speed_of_ingest(
+        data=args.data,
+        encoder=args.encoder,
+        pictures=args.images,
+        repeats=args.repeats,
+        threads=args.threads or None,
+        trunk=args.trunk or "resnet18",
+        size=args.size,
+        say=say,
+    )
+
+
+def print_ingest(result: Mapping[str, Any]) -> str:
+    from eval.speed import ingest
+
+    return ingest.print_ingest(result)
 
 
 def search(args: argparse.Namespace) -> dict[str, Any]:
@@ -283,6 +308,7 @@ RUN: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "statistics": class_statistics,
     "metrics": metrics,
     "memory": memory,
+    "ingest": ingest,
     "filters": filters,
     "search": search,
 }
@@ -292,6 +318,7 @@ PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "statistics": print_statistics,
     "metrics": print_metrics,
     "memory": lambda result: json.dumps(result, indent=1),
+    "ingest": print_ingest,
     "filters": print_filters,
     "search": print_search,
 }
