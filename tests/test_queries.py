@@ -517,6 +517,19 @@ def test_pages_neither_repeat_nor_skip_while_a_writer_changes_everything(shop, s
     assert not failed
 
 
+def test_the_filter_of_a_walk_is_evaluated_once(shop, monkeypatch):
+    collection, model = shop()
+    asked = []
+    original = row_sets_module.matching_rows
+    monkeypatch.setattr(
+        row_sets_module, "matching_rows", lambda db, f, **kw: asked.append(f) or original(db, f, **kw)
+    )
+    [query] = unit(8, 1)
+    best, turn = model.ranked(query, RED), iter(range(1000))
+    assert walk(collection, query, filter=RED, between=lambda: collection.delete([f"i{next(turn)}"])) == best
+    assert len(asked) == 1
+
+
 def test_cursors_of_another_search_and_forged_ones_are_refused(shop):
     collection, _ = shop()
     one, other = unit(8, 2)

@@ -72,6 +72,7 @@ class Pin:
     db: Any
     state: Generation
     held: ExitStack  # closing it ends the transaction
+    row_sets: RowSets  # of this state
     since: float
     used: float
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -119,7 +120,7 @@ class Walks:
                 raise expired()
             name = hashlib.sha256(digest.encode() + vector.tobytes()).hexdigest()[:16]
             walk = begun(pin, name, vector) if place is None else under_way(pin, place.walk, vector)
-            searcher = Searcher(pin.db, pin.state, self._row_sets, query)
+            searcher = Searcher(pin.db, pin.state, pin.row_sets, query)
             ranking = ranked(walk, searcher, count=offset + query.limit + 1)
             [result] = searcher.pages([ranking])
         end = offset + len(result.hits)
@@ -168,7 +169,7 @@ class Walks:
         with self._lock:
             known = self._pins.get(state.sequence)
             if known is None:
-                self._pins[state.sequence] = Pin(db, state, stack, now, now)
+                self._pins[state.sequence] = Pin(db, state, stack, self._row_sets.copy(), now, now)
             pin = self._pins[state.sequence]
             self._pins.move_to_end(state.sequence)
             pin.used = now

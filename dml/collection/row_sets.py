@@ -60,6 +60,13 @@ class RowSets:
         self._keep(name, RowSet(rows, sequence))
         return rows
 
+    def copy(self) -> "RowSets":
+        """What is known by now, for a state of the collection that is kept while the collection goes on."""
+        twin = RowSets(self.most_bytes)
+        with self._lock:
+            twin._sets, twin._bytes = self._sets.copy(), self._bytes
+        return twin
+
     def _keep(self, name: str, found: RowSet) -> None:
         with self._lock:
             known = self._sets.get(name)
