@@ -26,6 +26,11 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset(
 """Endings (lower case, with the dot) by which a file in a folder counts as a picture."""
 
 DEFAULT_MAX_PIXELS = 64_000_000
+MAX_SCANS = 100
+"""Passes over the pixels in one JPEG; encoders make about ten. Each takes 12 bytes of a file, and up to a
+twentieth of a second: a megabyte of them would keep a core for an hour."""
+SCAN = b"\xff\xda"
+"""Starts a scan. Inside of one, bytes of 255 are followed by a 0."""
 STRIP_PIXELS = 1_000_000
 """Conversions that need several copies of the pixels make them of so many at a time."""
 
@@ -91,13 +96,17 @@ def decode(
         name: what messages call bytes whose file was read before.
 
     Raises:
-        ImageTooLarge: more pixels or bytes than allowed.
+        ImageTooLarge: more pixels or bytes than allowed, or a JPEG of more scans than any encoder makes.
         UnsupportedImage: a known format that is not read here, or a colour space without a conversion.
         InvalidImage: no such file, empty, not a picture, truncated or damaged.
     """
     where = name or (str(source) if isinstance(source, Path) else "the image")
-    stream = io.BytesIO(_read(source, where, max_bytes))
-    picture = _open(stream, where, max_pixels)
+    data = _read(source, where, max_bytes)
+    picture = _open(io.BytesIO(data), where, max_pixels)
+    if picture.format in ("JPEG", "MPO") and (scans := data.count(SCAN)) > MAX_SCANS:
+        raise ImageTooLarge(
+            f"{where} is decoded in {scans:,} passes; at most {MAX_SCANS} are made. Save it again as a JPEG."
+        )
     try:
         if least is not None:
             _ask_for_less(picture, least(*picture.size))

@@ -128,7 +128,8 @@ CATALOGUE: dict[str, Kind] = {
         ),
         Kind(
             "decompression-bomb", 413, "The picture has too many pixels",
-            "Unpacked, the picture would be larger than this service allows, so it was not unpacked.",
+            "Unpacking the picture would take more memory or time than this service allows, so it was not"
+            " unpacked.",
             "Scale it down. The encoder sees a small square: a picture of 1000 pixels loses nothing.",
         ),
         Kind(

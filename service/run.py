@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -67,6 +68,7 @@ def serve(
     check_address(host, insecure=insecure, keys=keys)
     check_paths(paths)
     configure_logs(settings)
+    quiet_decoders()
     give_back_large_blocks()
     failures: list[BaseException] = []
 
@@ -111,6 +113,12 @@ def server_config(app: ASGIApp, settings: Settings, *, proxies: Sequence[str] = 
         timeout_graceful_shutdown=GRACE_SECONDS,
         lifespan="on",
     )
+
+
+def quiet_decoders() -> None:
+    """Pillow warns of every odd tag of a picture, and Python remembers each text that it has warned of: one
+    upload could write tens of thousands of lines to the log, and keep as many texts in memory."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def give_back_large_blocks() -> None:

@@ -168,6 +168,15 @@ def test_a_decompression_bomb_is_refused_by_its_header(side):
         probe(png(side, side))
 
 
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_keeps_a_core_busy():
+    """Two hundred kilobytes of them would take minutes."""
+    whole = encoded(Image.new("L", (2000, 2000), 90), "JPEG", progressive=True)
+    last_scan = whole[whole.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ImageTooLarge, match="16,006 passes"):
+        decode(whole[:-2] + last_scan * 16_000 + whole[-2:])
+    assert decode(whole[:-2] + last_scan * 3 + whole[-2:]).size == (2000, 2000)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
 @pytest.mark.parametrize(("colour", "depth", "stored"), [(4, 8, 2), (6, 8, 4), (0, 16, 2), (2, 8, 3)])
 def test_a_large_picture_takes_few_copies_of_itself(tmp_path, colour, depth, stored):

@@ -6,6 +6,7 @@ damaged beside the drawn ones. A failure names the seed, from which `damaged` ma
 
 import os
 import re
+import struct
 import subprocess
 import sys
 import warnings
@@ -39,10 +40,11 @@ import uvicorn
 from serving import ColourEncoder, colour_collection, running
 from service.app import create_app
 from service.engine import Engine
-from service.run import configure_logs
+from service.run import configure_logs, quiet_decoders
 from service.settings import Settings
 settings = Settings(max_pixels=2_000_000, max_pixels_in_flight=4_000_000)
 configure_logs(settings)
+quiet_decoders()
 collection = colour_collection(Path(sys.argv[2]), pictures=1)
 engine = Engine({"colours": collection}, [ColourEncoder()], settings=settings)
 with running(create_app(engine)) as address:
@@ -248,6 +250,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     print(dict(made.outcomes), f"peak memory {peak / 1e6:.0f} MB")
     assert process.returncode == 0, text[-3000:]
     assert "request failed" not in text, text[-3000:]
+    assert "Warning" not in text, "a decoder writes to the log what the sender of a picture likes"
     assert peak < MOST_MEMORY
 
 
@@ -269,6 +272,17 @@ def test_whole_files_of_formats_that_are_read_are_searched_with_and_others_are_n
             elif kind not in ("MPO",):  # read as JPEG
                 assert answer.status_code in (415, 422), (kind, answer.text)
     assert set(FORMATS) <= set(sources()), "a format that is read is not tested"
+
+
+def test_tens_of_thousands_of_odd_tags_are_no_lines_in_the_log(service):
+    """Each of them would be a warning of its own; the log is looked at when the service has ended."""
+    picture = encoded(Image.new("L", (10, 10), 90), "TIFF")
+    tags = [(256, 4, 1, 10), (257, 4, 1, 10), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
+    tags += [(277, 3, 1, 1), (278, 4, 1, 10), (279, 4, 1, 100)]
+    tags += [(tag, 1, 1_000_000, 8) for tag in range(1000, 60_000)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + picture
+    service.send(data, "odd tags")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,7 +31,8 @@ POLICY = "; ".join(
         "trusted-types 'none'",
     )
 )
-"""Nothing from elsewhere, nothing inline, no text turned into markup. blob: is the picture that the user chose, before it is sent."""
+"""Nothing from elsewhere, nothing inline, no text turned into markup. blob: is the picture that the user
+chose, before it is sent, or one that was fetched with a key."""
 
 
 @cache
