@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -258,6 +259,24 @@ def test_a_page_with_a_name_of_its_own_cannot_reach_a_service_on_loopback(tmp_pa
         assert httpx.get(f"{address}/v1/collections/colours/items/red%2F0").status_code == 200
 
 
+def test_a_public_address_with_keys_is_served_to_their_holders(tmp_path):
+    colour_collection(tmp_path / "colours", pictures=1).close()
+    with Keys(tmp_path / "state") as keys:
+        text, _ = keys.add("shop", scope=Scope.SEARCH)
+    options = ["--host", "0.0.0.0", "--state", str(tmp_path / "state"), "--max-pixels", "1000"]
+    with serving(str(tmp_path / "colours"), *options) as (_, address):
+        place = f"{address}/v1/collections"
+        assert httpx.get(place).status_code == 401
+        assert httpx.get(place, headers={"api-key": text}).status_code == 200
+        assert httpx.get(f"{address}/v1", headers={"api-key": text}).json()["limits"]["max_pixels"] == 1000
+        assert "server" not in httpx.get(f"{address}/livez").headers
+        with socket.create_connection((httpx.URL(address).host, httpx.URL(address).port), timeout=10) as wire:
+            wire.sendall(b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n\r\n")
+            assert wire.recv(1000).startswith(b"HTTP/1.1 431"), (
+                "the limits of the wire are those of `dml serve`"
+            )
+
+
 def test_refusals_are_one_message_and_exit_codes(tmp_path):
     colour_collection(tmp_path / "colours", pictures=1).close()
     (tmp_path / "folder").mkdir()
@@ -267,6 +286,9 @@ def test_refusals_are_one_message_and_exit_codes(tmp_path):
         ([str(tmp_path / "folder")], 1, "folder"),
         ([str(tmp_path / "colours"), "--runtime", "abacus"], 2, "abacus"),
         ([str(tmp_path / "colours"), "--allow-host", "http://a.b/"], 2, "bare name"),
+        ([str(tmp_path / "colours"), "--cors-origin", "*"], 2, "name each"),
+        ([str(tmp_path / "colours"), "--rate", "many"], 2, "100/min"),
+        ([str(tmp_path / "colours"), "--max-pixels", "0"], 2, "max-pixels"),
     ):
         done = dml("serve", *arguments, "--port", "0")
         assert done.returncode == code, done.stderr
