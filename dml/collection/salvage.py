@@ -24,13 +24,13 @@ from dml.collection.catalog import (
     write_state,
 )
 from dml.errors import DamagedFile
-from dml.storage import flush_to_disk
+from dml.storage import flush_to_disk, storage_errors
 
 log = logging.getLogger(__name__)
 
 BROKEN = (sqlite3.DatabaseError, UnicodeError)
-PATIENCE = 200_000
-"""Reads that may fail before the rest of a table is given up."""
+PATIENCE = 2_000_000
+"""Reads that may find nothing before the rest of a table is given up: some 20 s."""
 HEADER = (
     (0, b"SQLite format 3\0" + bytes([16, 0, 2, 2, 0, 64, 32, 32])),  # pages of 4096 bytes, write-ahead log
     (28, bytes(4)),  # how many pages there are: as many as the file has
@@ -85,6 +85,7 @@ def copy_rows(
 ) -> int:
     """Write what is whole, and note what is not; the change of the last item that is."""
     met: set[str] = set()
+    rows: set[int] = set()
     last = 0
     for *row, crc in entries:
         vector = vector_of(source, row[0], dim)
@@ -97,10 +98,14 @@ def copy_rows(
             found.count += 1
             last = max(last, row[2])
         met.add(row[1])
+        rows.add(row[0])
     unread = [id for id in names(source) if id not in met]
     found.lost += [f'item "{id}": its entry cannot be read' for id in unread]
-    if entries.unread and not unread:
-        found.lost.append(f"up to {entries.unread:,} entries whose ids cannot be read")
+    vectors = Table(source, "SELECT row FROM vectors", entries.last_row)
+    orphans = sum(row not in rows for (row,) in vectors)
+    unknown = max(orphans, min(entries.unread, vectors.unread)) - len(unread)
+    if unknown > 0:
+        found.lost.append(f"about {unknown:,} items whose ids cannot be read")
     return last
 
 
@@ -124,20 +129,29 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
             with readable(db):
                 yield db
             return
+    with with_beginning(path) as db, readable(db):
+        yield db
+
+
+@contextmanager
+def with_beginning(path: Path) -> Iterator[sqlite3.Connection]:
+    """A copy of a catalogue with the first bytes that it should have. Raises DamagedFile, StorageError."""
     copy = path.with_name(f".{path.name}.copy")
     try:
-        shutil.copyfile(path, copy)
-        with open(copy, "r+b") as file:
-            for place, content in HEADER:
-                file.seek(place)
-                file.write(content)
-        with suppress(FileNotFoundError):
-            shutil.copyfile(f"{path}-wal", f"{copy}-wal")
-        with explained(path), closing(sqlite3.connect(copy)) as db, readable(db):
-            db.execute("SELECT row FROM items LIMIT 1").fetchone()
+        with storage_errors(copy):
+            shutil.copyfile(path, copy)
+            with open(copy, "r+b") as file:
+                for place, content in HEADER:
+                    file.seek(place)
+                    file.write(content)
+            with suppress(FileNotFoundError):
+                shutil.copyfile(f"{path}-wal", f"{copy}-wal")
+        with closing(sqlite3.connect(copy)) as db:
+            try:
+                db.execute("SELECT row FROM items LIMIT 1").fetchone()
+            except sqlite3.DatabaseError as error:
+                raise DamagedFile(f"Nothing of {path} can be read ({error}). Restore a backup.") from error
             yield db
-    except sqlite3.DatabaseError as error:
-        raise DamagedFile(f"nothing of {path} can be read: {error}. Restore a backup.") from error
     finally:
         for suffix in ("", "-wal", "-shm"):
             Path(f"{copy}{suffix}").unlink(missing_ok=True)
@@ -169,9 +183,11 @@ LARGEST_ROW = 1 << 48
 
 
 class Table:
-    """The rows of a table that can be read, in their order, whatever lies between them.
+    """The rows of a table that can be read, whatever lies between them.
 
-    A range of rows that cannot be read is halved until the broken ones are left out.
+    A range of rows that cannot be read is halved until the broken ones are left out. So is one in which
+    nothing is found: a reader that meets a wrong number on its way stops there and says nothing, while the
+    rows behind it can be reached from the root.
     """
 
     def __init__(self, db: sqlite3.Connection, select: str, last_row: int) -> None:
@@ -183,26 +199,33 @@ class Table:
         pending = [(1, self.last_row)]
         while pending:
             first, last = pending.pop()
-            reached = first
+            reached, broken = first, False
             try:
                 for row in self.db.execute(self.query, (first, last)):
                     yield row
-                    reached = row[0] + 1
+                    reached = max(reached, row[0] + 1)  # a broken table may be out of order
             except BROKEN:
-                self.failures += 1
-                if reached >= last or self.failures > PATIENCE:
-                    self.unread += last - reached + 1
-                    continue
+                broken = True
+            if reached > last:
+                continue
+            self.failures += reached == first
+            if reached > first and not broken:
+                pending.append((reached, last))
+            elif reached < last and self.failures <= PATIENCE:
                 middle = (reached + last) // 2
                 pending += [(middle + 1, last), (reached, middle)]
+            else:
+                self.unread += (last - reached + 1) if broken else 0
 
 
 def names(db: sqlite3.Connection) -> list[str]:
-    """Ids from the index over them, which may be whole where the entries are not."""
-    found: list[str] = []
-    with suppress(*BROKEN):
-        found.extend(id for (id,) in db.execute("SELECT id FROM items ORDER BY id") if isinstance(id, str))
-    return found
+    """Ids from the index over them, which may be whole where the entries are not; from both its ends."""
+    found: dict[str, None] = {}
+    for order in ("ASC", "DESC"):
+        with suppress(*BROKEN):
+            for (id,) in db.execute(f"SELECT id FROM items ORDER BY id {order}"):
+                found[id] = None
+    return [id for id in found if isinstance(id, str)]
 
 
 # Writing the new one
