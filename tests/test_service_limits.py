@@ -5,6 +5,7 @@ import json
 import random
 import re
 import socket
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from serving import ColourEncoder, colour_collection, encoded, jpeg, paint, runn
 
 from service.app import create_app
 from service.engine import Engine
+from service.limits import Rate
 from service.run import server_config
 from service.settings import Settings
 
@@ -436,6 +438,23 @@ def test_one_connection_too_many_is_told(tmp_path):
         for connection in opened:
             connection.close()
         wait_until_answered(address)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine")
+def test_only_a_proxy_is_believed_about_where_a_request_came_from(tmp_path):
+    """Requests from 127.0.0.1 come from a proxy of this machine, those from 127.0.0.2 from somebody."""
+
+    def ask(address: str, forwarded: str, source: str) -> int:
+        transport = httpx.HTTPTransport(local_address=source)
+        with httpx.Client(transport=transport) as client:
+            return client.get(f"{address}/v1", headers={"X-Forwarded-For": forwarded}).status_code
+
+    with limited(tmp_path, Settings(rate=Rate(1, 3600))) as address:
+        assert [ask(address, f"192.0.2.{n}", "127.0.0.1") for n in (1, 2, 1)] == [200, 200, 429]
+        assert ask(address, "198.51.100.9, 192.0.2.2", "127.0.0.1") == 429, (
+            "the last hop is what a proxy adds"
+        )
+        assert [ask(address, f"192.0.2.{n}", "127.0.0.2") for n in (7, 8)] == [200, 429]
 
 
 # What lands in headers
