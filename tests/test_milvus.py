@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,6 +270,16 @@ def test_the_recall_of_an_approximate_index_is_measured(things):
     assert things.info().measured_recall == measured["recall_at_10"]
     assert 0.5 <= measured["recall_at_10"] <= 1
     assert things.build_index("hnsw")["measured"] is None  # nobody knows the truth any more
+
+
+def test_the_sizes_on_paper_are_those_of_the_indexes():
+    pytest.importorskip("faiss")
+    names, text = {}, (Path(__file__).parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(block, "docs/scale.md", "exec"), names)
+    for (kind, precision), size in names["measured"].items():
+        row, *_ = re.findall(rf"^\| `{kind}`, {precision} \| .*$", text, flags=re.MULTILINE)
+        assert size == pytest.approx(float(row.split("|")[4]), rel=0.01)
 
 
 # Batches

@@ -61,6 +61,10 @@ def attach(
     root: Annotated[
         list[str] | None, typer.Option("--root", metavar="NAME=FOLDER", help="Where its pictures are here.")
     ] = None,
+    consistency: Annotated[
+        str,
+        typer.Option(help="Whose writes a search sees: Strong: all, Session: its own, Bounded, Eventually."),
+    ] = "Strong",
 ) -> None:
     """Describe a collection that is in Milvus in a folder, on this machine too.
 
@@ -78,7 +82,8 @@ def attach(
             raise UsageError(f'--root wants NAME=FOLDER, of a folder that is there; got "{text}"')
         roots[name] = path
     loaded = Encoder.load(encoder) if encoder is not None else None
-    with attach_milvus(folder, uri=uri, collection=collection, roots=roots) as there:
+    asked = {"uri": uri, "collection": collection, "roots": roots, "consistency": consistency}
+    with attach_milvus(folder, **asked) as there:
         if loaded is not None:
             there.check_fingerprint(loaded.fingerprint)
             copy_folder(loaded.path, folder / "encoder")
