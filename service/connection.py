@@ -27,6 +27,8 @@ class Connection(HttpToolsProtocol):
     """One connection; the event loop and the parser call its methods. `limited` gives it settings."""
 
     settings: Settings
+    count: Callable[[str], None]
+    """Told the type of each problem that is answered here."""
     _head_bytes = 0
     """In the head that is being read."""
     _idle_bytes = 0
@@ -156,6 +158,7 @@ class Connection(HttpToolsProtocol):
         request_id = uuid.uuid4().hex
         client = self.client[0] if self.client else None
         structlog.get_logger("service").info("refused", problem=slug, request_id=request_id, client=client)
+        self.count(slug)
         if self.cycle is None or self.cycle.response_complete:
             answer = respond(Problem(slug, detail, **extras), instance="", request_id=request_id)
             answer.headers["Connection"] = "close"
@@ -167,9 +170,9 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
 
-def limited(settings: Settings) -> type[Connection]:
+def limited(settings: Settings, count: Callable[[str], None] = lambda slug: None) -> type[Connection]:
     """The class of connections with these limits, for `uvicorn.Config(http=…)`."""
-    return type("LimitedConnection", (Connection,), {"settings": settings})
+    return type("LimitedConnection", (Connection,), {"settings": settings, "count": staticmethod(count)})
 
 
 def cancelled(timer: TimerHandle | None) -> None:

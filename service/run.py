@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import structlog
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
 from dml.errors import ServiceError, UnknownCollection, UsageError
 from service.app import create_app
@@ -93,12 +93,13 @@ def serve(
         raise failures[0]
 
 
-def server_config(app: ASGIApp, settings: Settings, *, proxies: Sequence[str] = ()) -> uvicorn.Config:
+def server_config(app: FastAPI, settings: Settings, *, proxies: Sequence[str] = ()) -> uvicorn.Config:
     """The server of `serve`, with the limits of `service.connection` where its parser is installed."""
     try:
         from service.connection import limited
 
-        connection: Any = limited(settings)
+        problems = app.state.metrics.problems
+        connection: Any = limited(settings, lambda slug: problems.labels(slug).inc())
     except ModuleNotFoundError:  # no httptools, as on Windows: uvicorn's other parser limits heads by itself
         connection = "h11"
     return uvicorn.Config(

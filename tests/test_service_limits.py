@@ -138,6 +138,14 @@ def test_a_head_that_comes_drop_by_drop_is_not_waited_for(address):
     assert_problem(received, 408, "too-slow")
 
 
+def test_refused_connections_are_counted(address):
+    line = 'dml_problems_total{type="headers-too-large"}'
+    answer_to(address, (PROMPT + "X: " + "x" * 300_000).encode())
+    counted = re.search(rf"^{re.escape(line)} (\d+)", httpx.get(f"{address}/metrics").text, re.MULTILINE)
+    assert counted is not None
+    assert int(counted[1]) >= 1
+
+
 def test_a_connection_that_says_nothing_is_closed(address):
     with wire(address) as opened:
         assert everything(opened) == b""
