@@ -66,6 +66,7 @@ def repair(
     Indexes, thumbnails and the manifest are made again. Of a damaged catalogue all items that fit their
     checksums are saved into a new one, which takes its place with --yes; the damaged one is kept.
     """
+    only_local(collection)
     from dataclasses import asdict
 
     from dml.collection.repair import repair as mend
@@ -102,6 +103,7 @@ def backup(
     A folder with an earlier backup of the same collection is brought up to date: only new pictures are
     copied.
     """
+    only_local(collection)
     from dataclasses import asdict
 
     from dml.collection.backup import back_up
@@ -153,6 +155,18 @@ def rename(
 
 
 COMMANDS = (merge, verify, repair, backup, restore, rename)
+
+
+def only_local(path: Path) -> None:
+    """Refuse a folder that describes a collection in Milvus. Raises NotAvailable."""
+    from dml.collection import in_milvus
+    from dml.errors import NotAvailable
+
+    if in_milvus(path):
+        raise NotAvailable(
+            f"{path} describes a collection in Milvus, which looks after its own files. "
+            f"`dml index move {path} FOLDER` makes a local copy; see docs/scale.md."
+        )
 
 
 def show_some(sentences: list[str]) -> None:
