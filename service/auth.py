@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from service.keys import Key, Scope
+from service.keys import Key, Scope, id_of
 from service.limits import Limiter, Verdict
 from service.problems import Problem
 from service.settings import Settings
@@ -82,13 +82,12 @@ class Gate:
             return PUBLIC
         return NEEDED.get((method, route), Scope.ADMIN)
 
-    def identify(self, headers: Headers, address: str) -> Key | None:
-        """The key that a request came with; None where the service has no keys.
+    def identify(self, text: str | None, address: str) -> Key | None:
+        """The key of the text that a request came with; None where the service has no keys.
 
         Raises:
-            Problem: "malformed" (two different keys), "unauthorized", "rate-limited" (too many wrong keys).
+            Problem: "unauthorized", "rate-limited" (too many wrong keys).
         """
-        text = credential(headers)
         if not self._keys_needed():
             return None
         if text is None:
@@ -131,7 +130,7 @@ class Gate:
         return self._closed
 
     def _failure(self, address: str) -> Problem:
-        """A key that is unknown, expired or revoked: which of them is for the operator's log alone."""
+        """For a key that is unknown, expired or revoked. Which of them is not told; the log has its id."""
         verdict = self.limiter.take(self.settings.failure_rate, "failure", network_of(address))
         if not verdict.allowed:
             return over(verdict, "failure", f"More than {verdict.rate} wrong keys came from {address}.")
@@ -195,7 +194,9 @@ async def authorize(request: Request) -> None:
         return
     state: dict[str, Any] = request.scope["state"]
     address = request.client.host if request.client else "unknown"
-    key = gate.identify(request.headers, address)
+    text = credential(request.headers)
+    state["key_id"] = None if text is None else id_of(text)
+    key = gate.identify(text, address)
     state["key"] = None if key is None else key.name
     verdict = gate.count(key, address)
     if verdict is not None:

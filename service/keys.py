@@ -177,10 +177,10 @@ class Keys:
 
     def find(self, text: str) -> Key | None:
         """The key of this text, when it may be used now. All texts that look like keys take the same time."""
-        found = KEY.fullmatch(text)
-        if found is None:
+        id = id_of(text)
+        if id is None:
             return None
-        key = self._current().get(found[1])
+        key = self._current().get(id)
         same = hmac.compare_digest(digest_of(text), key.digest if key else bytes(32))
         return key if key is not None and same and key.state() == "usable" else None
 
@@ -221,6 +221,12 @@ class Keys:
         if self._state is None:
             self._state = State(self.folder, SECTION)
         return self._state
+
+
+def id_of(text: str) -> str | None:
+    """The id in a text that looks like a key, known or not: it is no secret, and may be logged."""
+    found = KEY.fullmatch(text)
+    return None if found is None else found[1]
 
 
 def digest_of(text: str) -> bytes:

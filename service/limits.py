@@ -92,15 +92,6 @@ class Limiter:
         """Count one request, unless it is one too many: what is refused does not count."""
         item = RateLimitItemPerSecond(rate.requests, rate.seconds)
         allowed = self._strategy.hit(item, *who)
-        return self._verdict(rate, who, allowed=allowed)
-
-    def peek(self, rate: Rate, *who: str) -> Verdict:
-        """What `take` would say, uncounted."""
-        item = RateLimitItemPerSecond(rate.requests, rate.seconds)
-        return self._verdict(rate, who, allowed=self._strategy.test(item, *who))
-
-    def _verdict(self, rate: Rate, who: tuple[str, ...], *, allowed: bool) -> Verdict:
-        item = RateLimitItemPerSecond(rate.requests, rate.seconds)
         stats = self._strategy.get_window_stats(item, *who)
         left = max(1, math.ceil(stats.reset_time - self._clock()))
         return Verdict(allowed, rate, remaining=stats.remaining, seconds=min(left, rate.seconds))

@@ -50,7 +50,7 @@ class Envelope:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state: dict[str, Any] = scope.setdefault("state", {})
-        state.update(request_id=request_id, problem=None, key=None, headers={})
+        state.update(request_id=request_id, problem=None, key=None, key_id=None, headers={})
         origins = self.settings.cors_origins
         preflight = is_preflight(scope["method"], headers, origins)
         status: list[int] = []
@@ -113,7 +113,7 @@ class Envelope:
             ms=round(1000 * seconds, 1),
             request_id=state["request_id"],
             client=client[0] if client else None,
-            **{name: state[name] for name in ("key", "problem") if state[name]},
+            **{name: state[name] for name in ("key", "key_id", "problem") if state[name]},
         )
 
 

@@ -289,6 +289,7 @@ def test_keys_are_in_no_log_line_and_no_answer(tmp_path):
         structlog.reset_defaults()
     lines = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [line.get("key") for line in lines] == ["search", "search", None, None, None, "search"]
+    assert [line.get("key_id") for line in lines] == [text[4:16]] * 3 + [None, None, text[4:16]]
     for shown in (out.getvalue(), *(answer.text + str(answer.headers) for answer in answers)):
         assert text[17:] not in shown
         assert unknown[17:] not in shown
