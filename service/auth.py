@@ -74,7 +74,10 @@ class Gate:
     keys_exist: Callable[[], bool]
     settings: Settings
     limiter: Limiter = field(default_factory=Limiter)
-    _closed: bool = False
+    _closed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._keys_needed()  # now, and not only when somebody asks: until then, the keys could vanish
 
     def needed(self, method: str, route: str) -> Scope | None:
         """The scope that a request needs. `route` is the template of its path."""
