@@ -527,6 +527,7 @@ class LocalCollection:
         seed: int = 0,
         promise: Promise | None = None,
         say: Callable[[str], None] = lambda line: None,
+        stop: Stop = never,
     ) -> dict[str, Any]:
         """Build the main index anew from the catalogue, save it, and search it from now on.
 
@@ -540,6 +541,7 @@ class LocalCollection:
             promise: choose the cheapest kind that keeps it, see `promised.build_promised`; None, with no kind
                 either: the promise of the manifest, if there is one. It is kept, and looked at after merges.
             say: is told what is being tried for a promise.
+            stop: asked between blocks of rows whether to give up; the collection goes on as it is then.
 
         Returns:
             What is kept in the manifest as "built".
@@ -548,6 +550,7 @@ class LocalCollection:
             ConfigError, MissingExtra: a kind or options that cannot be had, or a promise that none keeps.
             StorageError: no room for the snapshot; the collection goes on with the index that it had.
             ReadOnly: opened for reading.
+            Stopped: `stop` said so.
         """
         with self._turn():
             asked = self.manifest.index
@@ -562,9 +565,13 @@ class LocalCollection:
             promise = Promise(**asked["promise"])
         with self._background.paused(), self._building:
             if promise is None:
-                built = build_snapshot(self._catalog, wanted, device=self.device, measure=measure, seed=seed)
+                built = build_snapshot(
+                    self._catalog, wanted, device=self.device, measure=measure, seed=seed, stop=stop
+                )
             else:
-                built = build_promised(self._catalog, promise, device=self.device, seed=seed, say=say)
+                built = build_promised(
+                    self._catalog, promise, device=self.device, seed=seed, stop=stop, say=say
+                )
             about = self._install(built, wanted)
         self._sweep()
         return about
