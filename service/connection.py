@@ -103,7 +103,8 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        rest_to_come = self.cycle is not None and self.cycle.more_body
+        # With requests in the pipeline, the newest cycle is not the one that was answered.
+        rest_to_come = not self.pipeline and self.cycle is not None and self.cycle.more_body
         super().on_response_complete()
         if rest_to_come and not self.transport.is_closing():
             self._wait_for(self.transport.close)  # refused half-way: the rest is read, but not for ever
