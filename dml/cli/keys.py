@@ -72,15 +72,10 @@ def list_keys(state: State = None, as_json: Json = False) -> None:
             f"There are no keys in {keys.folder}. `dml keys add NAME --scope search` makes one.", err=True
         )
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("name", "id", "scope", "state", "made (UTC)", "expires", "rate", box=None, pad_edge=False)
-    for key in found:
-        expires = moment(key.expires) if key.expires else "never"
-        made, rate = moment(key.created), str(key.rate) if key.rate else "no limit"
-        table.add_row(key.name, key.id, str(key.scope), key.state(), made, expires, rate)
-    Console(soft_wrap=True).print(table)
+    rows = [("name", "id", "scope", "state", "made (UTC)", "expires", "rate"), *map(row_of, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 @app.command()
@@ -128,6 +123,13 @@ def shown(key: "Key") -> dict[str, Any]:
         "revoked": key.revoked.isoformat(timespec="seconds") if key.revoked else None,
         "rate": str(key.rate) if key.rate else None,
     }
+
+
+def row_of(key: "Key") -> tuple[str, ...]:
+    """A key as a line of the list."""
+    expires = moment(key.expires) if key.expires else "never"
+    rate = str(key.rate) if key.rate else "no limit"
+    return (key.name, key.id, str(key.scope), key.state(), moment(key.created), expires, rate)
 
 
 def moment(when: datetime) -> str:
