@@ -17,6 +17,7 @@ from PIL import Image
 from dml.checksums import seal
 from dml.collection import NewItem, create_collection, is_collection, open_collection
 from dml.collection import catalog as sql
+from dml.collection.repair import Repairs, repair
 from dml.errors import (
     CollectionError,
     CollectionLocked,
@@ -786,6 +787,9 @@ def test_an_older_collection_is_migrated_on_a_copy(create, reopen, tmp_path):
     assert (len(again), again.generation) == (9, 11)
     assert again.verify() == []
     assert again.info().manifest["format"] == 2
+    again.close()
+    assert repair(shop) == Repairs()
+    again = reopen()
     again.delete(["i1"])
     again.close()
     with closing(sqlite3.connect(shop / "catalog.sqlite")) as new:
@@ -797,12 +801,17 @@ def test_an_older_collection_is_migrated_on_a_copy(create, reopen, tmp_path):
     assert len(reopen()) == 8
 
 
+def change_catalog(folder, statement):
+    with closing(sqlite3.connect(folder / "catalog.sqlite", isolation_level=None)) as db:
+        db.execute(statement)
+
+
 def make_format_1(folder):
     """Turn a collection into what the first format was: no checksums of state and manifest, no facts."""
     with closing(sqlite3.connect(folder / "catalog.sqlite", isolation_level=None)) as db:
         sequence, horizon = db.execute("SELECT sequence, horizon FROM state").fetchone()
         db.executescript(
-            "BEGIN; DROP TABLE facts; DROP TABLE state;"
+            "BEGIN; DROP TABLE facts; DROP TABLE state; DROP INDEX items_sequence;"
             "CREATE TABLE state (\n    only INTEGER PRIMARY KEY CHECK (only = 1), sequence INTEGER NOT NULL, "
             "horizon INTEGER NOT NULL\n);"
             f"INSERT INTO state VALUES (1, {sequence}, {horizon}); PRAGMA user_version = 1; COMMIT;"
@@ -810,6 +819,17 @@ def make_format_1(folder):
     path = folder / "manifest.json"
     tree = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
     path.write_text(json.dumps({**tree, "format": 1}, indent=2) + "\n")
+
+
+def test_a_catalogue_of_the_second_format_without_its_last_index_is_sound(create, reopen, tmp_path):
+    shop = create()
+    shop.add(items(unit(0, 10)))
+    shop.index_payload("label")
+    shop.close()
+    change_catalog(tmp_path / "shop", "DROP INDEX items_sequence")
+    assert repair(tmp_path / "shop") == Repairs()
+    change_catalog(tmp_path / "shop", "CREATE INDEX items_sequencf ON items (sequence)")
+    assert 'definition of "items_sequence"' in reopen(read_only=True).verify()[0]
 
 
 def test_a_migration_that_fails_leaves_the_old_catalogue(create, reopen, monkeypatch, tmp_path):

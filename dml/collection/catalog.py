@@ -54,7 +54,7 @@ CREATE TABLE items (
     picture_root TEXT,
     crc INTEGER NOT NULL
 );
-CREATE INDEX IF NOT EXISTS items_sequence ON items (sequence);
+CREATE INDEX items_sequence ON items (sequence);
 CREATE INDEX items_stored ON items (picture_sha256) WHERE picture_kind = 'stored';
 CREATE TABLE vectors (row INTEGER PRIMARY KEY, vector BLOB NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE removed (row INTEGER PRIMARY KEY, sequence INTEGER NOT NULL);
@@ -490,8 +490,9 @@ def add_checksum_and_facts(db: sqlite3.Connection) -> None:
     """Format 1 to 2."""
     sequence, horizon = read_state(db)
     db.execute("DROP TABLE state")
-    for statement in SCHEMA.split(";"):
-        if any(new in statement for new in ("TABLE state", "TABLE facts", "INDEX items_sequence")):
+    there = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
+    for statement in filter(str.strip, SCHEMA.split(";")):
+        if statement.split()[2] not in there:  # CREATE TABLE name, CREATE INDEX name
             db.execute(statement)
     write_state(db, sequence, horizon)
 
