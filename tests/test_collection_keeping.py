@@ -299,6 +299,29 @@ def test_a_backup_brings_everything_back(shelf, shop, backup, tmp_path):
     assert (tmp_path / "again" / "encoder" / "manifest.json").is_file()
 
 
+def test_a_picture_is_not_deleted_while_a_backup_needs_it(shop):
+    script = (
+        "import sys; from pathlib import Path; from dml.collection.pictures import kept\n"
+        "with kept(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with open_collection(shop) as served:
+        before = set(served._pictures.stored())
+        command = [sys.executable, "-c", script, str(shop)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            served.add([NewItem("new", unit(4, 1)[0], image=b"a picture")])
+            added = set(served._pictures.stored()) - before
+            assert served.delete(["new"]) == 1
+            assert added <= set(served._pictures.stored()), "the other process needs it"
+            other.communicate()
+        served.build_index()
+        assert not added & set(served._pictures.stored())
+        served.add([NewItem("new", unit(4, 1)[0], image=b"a picture")])
+        served.delete(["new"])
+        assert not added & set(served._pictures.stored()), "at once when nobody needs it"
+
+
 def test_a_backup_is_made_while_another_process_serves_and_writes(shop, backup, tmp_path):
     with open_collection(shop) as served:
         done, trouble = threading.Event(), []

@@ -31,6 +31,7 @@ from dml.collection.catalog import Catalog
 from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import Manifest, read_manifest, write_manifest
+from dml.collection.pictures import kept
 from dml.collection.snapshots import FOLDER as SNAPSHOTS
 from dml.collection.snapshots import Snapshots
 from dml.errors import CollectionError, DamagedFile, StorageError, UsageError
@@ -40,8 +41,6 @@ from dml.storage import flush_to_disk, opened_aside, storage_errors, written_asi
 FILE = "backup.json"
 FORMAT = 1
 TAR = ".tar"
-ROUNDS = 10
-"""How often a copy is begun again because pictures were deleted while they were copied."""
 BLOCK = 1 << 20  # bytes read at once
 
 
@@ -144,22 +143,10 @@ def fill(
 ) -> BackupReport:
     """Put everything into the folder, and say what there is in backup.json."""
     catalog = Catalog(collection / sql.FILE, dim=manifest.dim, read_only=True)
-    with closing(catalog):
-        copies = Copies(aside, collection, before=before, link=link)
-        missing: set[str] = set()
-        for _ in range(ROUNDS):
-            state = copy_catalog(catalog, aside)
-            gone = copies.take_pictures(state.pictures)
-            settled = not gone or gone == missing  # the same again: those the collection has lost
-            missing = gone
-            if settled:
-                break
-        else:
-            raise CollectionError(
-                f"{collection} changes faster than its pictures can be copied. Try again when less is "
-                f"deleted."
-            )
-    copies.drop_pictures_but(state.pictures)
+    copies = Copies(aside, collection, before=before, link=link)
+    with closing(catalog), kept(collection):
+        state = copy_catalog(catalog, aside)
+        missing = copies.take_pictures(state.pictures)
     copies.take_snapshot(state.sequence, state.horizon, manifest)
     copies.take_encoder()
     write_manifest(aside, Manifest(**state.manifest) if state.manifest else manifest)
@@ -235,17 +222,15 @@ class Copies:
 
     def __init__(self, aside: Path, collection: Path, *, before: Path | None, link: bool) -> None:
         self.aside, self.collection, self.before, self.link = aside, collection, before, link
-        self.taken: set[str] = set()
         self.misfits: set[str] = set()
         self.reused = 0
 
     def take_pictures(self, wanted: set[str]) -> set[str]:
-        """Copy those that are not there yet; the ones that cannot be found."""
+        """Copy these, and return the ones that cannot be found."""
         missing = set()
-        for sha256 in sorted(wanted - self.taken):
+        for sha256 in sorted(wanted):
             try:
                 self._take_picture(sha256)
-                self.taken.add(sha256)
             except FileNotFoundError:
                 missing.add(sha256)
         return missing
@@ -268,11 +253,6 @@ class Copies:
                 os.link(source, target)
                 return
         shutil.copyfile(source, target)
-
-    def drop_pictures_but(self, wanted: set[str]) -> None:
-        """Delete what was copied for an earlier moment."""
-        for sha256 in self.taken - wanted:
-            (self.aside / "images" / sha256[:2] / sha256).unlink()
 
     def take_snapshot(self, sequence: int, horizon: int, manifest: Manifest) -> None:
         """Copy the newest index that fits the copied catalogue, if there is one: it can be built again."""

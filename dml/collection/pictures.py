@@ -3,7 +3,8 @@
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from dml.collection.base import Picture
@@ -30,6 +31,7 @@ class Pictures:
     """
 
     def __init__(self, folder: Path, roots: Mapping[str, Path], *, read_only: bool = False) -> None:
+        self.folder = folder
         self.images, self.thumbnails = folder / "images", folder / "thumbnails"
         self.roots, self.read_only = dict(roots), read_only
 
@@ -103,14 +105,18 @@ class Pictures:
         return root / relative
 
     def discard(self, sha256s: list[str]) -> None:
-        """Delete stored pictures and the thumbnails of them; a file that resists is left for `sweep`."""
-        for sha256 in sha256s:
-            try:
-                self._stored(sha256).unlink(missing_ok=True)
-                for thumbnail in (self.thumbnails / sha256[:2]).glob(f"{sha256}-*.jpg"):
-                    thumbnail.unlink(missing_ok=True)
-            except OSError:
-                continue
+        """Delete stored pictures and the thumbnails of them.
+
+        A file that resists is left for the next sweep, and so are all while somebody needs them (`kept`).
+        """
+        if not sha256s:
+            return
+        with flocked(self.folder, shared=False) as is_free:
+            for sha256 in sha256s if is_free else ():
+                with suppress(OSError):
+                    self._stored(sha256).unlink(missing_ok=True)
+                    for thumbnail in (self.thumbnails / sha256[:2]).glob(f"{sha256}-*.jpg"):
+                        thumbnail.unlink(missing_ok=True)
 
     def misfits(self) -> list[Path]:
         """Stored pictures, used or not, whose bytes are not those of their name."""
@@ -169,6 +175,37 @@ class Pictures:
 
     def _stored(self, sha256: str) -> Path:
         return self.images / sha256[:2] / sha256
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """No process deletes a stored picture of the collection in `folder` meanwhile."""
+    with flocked(folder, shared=True):
+        yield
+
+
+@contextmanager
+def flocked(folder: Path, *, shared: bool) -> Iterator[bool]:
+    """The advisory lock of a folder, which the system drops when its holder dies.
+
+    Yields:
+        Whether it is held: a shared one is waited for, an exclusive one is not. True also where the file
+        system knows no locks.
+    """
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+    finally:
+        os.close(handle)
 
 
 def read_thumbnail(path: Path) -> bytes | None:

@@ -86,6 +86,8 @@ class Snapshots:
             try:
                 header = read_header(path)
                 note, origin = header.note, (header.note.get("fingerprint"), header.dim)
+                if self.read_only and note["sequence"] > sequence:
+                    continue  # the writer has gone on since this reader's moment
                 if origin != (self.fingerprint, self.dim) or not horizon <= note["sequence"] <= sequence:
                     log.warning("%s does not belong to this state of the catalogue; passed over", path)
                     continue

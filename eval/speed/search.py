@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dml.errors import DataError
 from dml.index import make_index
 from dml.index.base import Ids, VectorIndex, Vectors, check_vectors
+from dml.index.faiss_index import numpy_search
 from dml.index.tune import Asked, Plan, asked_of, plans, recalls
 from eval.speed import race
 
@@ -72,7 +73,7 @@ class Faiss:
 
         parameters: Any = faiss
         chosen = parameters.SearchParametersHNSW(efSearch=effort) if effort else None
-        return self.engine.search(queries, K, params=chosen)[1]
+        return numpy_search(self.engine)(queries, K, params=chosen)[1]
 
 
 @dataclass
