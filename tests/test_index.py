@@ -438,6 +438,52 @@ def test_flat_is_right_across_its_blocks(monkeypatch, data):
     assert same_as(index.search(queries, 15), brute_force(queries, ids, vectors, 15))
 
 
+@pytest.mark.parametrize("dead", [1, 600, 1_000, 1_100, 1_990])
+def test_flat_answers_with_dead_rows_as_without_them_to_the_last_digit(dead, monkeypatch, data):
+    """Few dead rows are compared and hidden, many are stepped over; blocks of some hundred rows."""
+    monkeypatch.setattr("dml.index.flat.SCORE_LIMIT", 20 * 150)
+    monkeypatch.setattr("dml.index.flat.COPY_LIMIT", DIM * 150)
+    vectors = unit(4, 2_000)
+    vectors[900:1_300] = vectors[17]  # equal scores at the end of a list, some of them of dead rows
+    order = np.random.default_rng(1).permutation(2_000)
+    gone, left = order[:dead], np.sort(order[dead:])
+    index, fresh = FlatIndex(DIM), FlatIndex(DIM)
+    index.add(np.arange(2_000), vectors)
+    fresh.add(left, vectors[left])
+    seen = index.without(gone)
+    queries = np.concatenate([vectors[17:18], unit(5, 19)])
+    for k in (1, 10, 60, 3_000):
+        for found, wanted in (
+            (seen.search(queries, k), fresh.search(queries, k)),
+            (seen.search(queries[:1], k), fresh.search(queries[:1], k)),
+            (index.search(queries, k, allowed=left), fresh.search(queries, k)),
+            (
+                seen.search(queries, k, allowed=np.arange(1_500)),
+                fresh.search(queries, k, allowed=left[left < 1_500]),
+            ),
+        ):
+            np.testing.assert_array_equal(found.ids, wanted.ids)
+            np.testing.assert_array_equal(found.scores, wanted.scores)
+
+
+def test_flat_keeps_few_rows_in_little_room_however_often_they_change():
+    vectors = unit(6, 2_000)
+    view = FlatIndex(DIM)
+    views = []
+    for n, vector in enumerate(vectors):  # ten items, of which one after the other changes
+        view = view.without(np.array([n - 10])).extended(np.array([n]), vector[None])
+        views.append(view)
+    assert len(view) == 10
+    assert len(view.vectors) < 100
+    assert view.nbytes < 100 * (4 * DIM + 9)
+    for n in (50, 74, 75, 76, 1_000, 1_999):
+        living = np.arange(max(0, n - 9), n + 1)
+        found = views[n].search(vectors[n : n + 1], 20)
+        assert {*found.ids[0].tolist()} == {*living.tolist(), -1}
+        assert found.ids[0, 0] == n
+        np.testing.assert_array_equal(views[n].vectors_of(living), vectors[living])
+
+
 def test_flat_grows_by_views_that_share_one_buffer(data):
     ids, vectors, queries = data
     views = [FlatIndex(DIM)]

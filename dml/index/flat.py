@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,13 @@ SCORE_LIMIT = 1 << 22
 
 COPY_LIMIT = 1 << 22
 """Numbers (float32) copied or decoded at once, where rows cannot be compared where they lie."""
+
+MASKED_SHARE = 0.5
+"""From this share of all rows on they are compared where they lie, with all others, whose scores are then
+hidden: that is quicker than to copy those that are asked for."""
+
+LEAST_ROOM = 64
+"""Rows that an index makes room for at once, and that may be dead without its being made smaller."""
 
 GROUP = 32
 """Scores that one maximum stands for while the highest are sought."""
@@ -74,7 +81,8 @@ class FlatIndex:
         used = len(self.rows)
         self.rows.append(names)
         if len(self.rows) > len(self._buffer):
-            self._buffer, old = np.empty((max(64, 2 * len(self.rows)), self.dim), np.float32), self._buffer
+            old, room = self._buffer, max(LEAST_ROOM, 2 * len(self.rows))
+            self._buffer = np.empty((room, self.dim), np.float32)
             self._buffer[:used] = old[:used]
         self._buffer[used : len(self.rows)] = rows
 
@@ -93,10 +101,19 @@ class FlatIndex:
         """A view with more rows; this index does not change.
 
         The views share one buffer: each sees only its own first rows, and new ones are written behind them.
-        So only the newest view may be extended (one writer), while older ones go on answering.
+        So only the newest view may be extended (one writer), while older ones go on answering. When more rows
+        are dead than alive, the view gets a buffer of its own with the living ones: however often a few items
+        are changed, they take the room of a few.
         """
-        twin = self._twin()
+        dead = len(self.rows) - self.rows.live
+        twin = self._compacted() if dead > max(LEAST_ROOM, self.rows.live) else self._twin()
         twin.add(ids, vectors)
+        return twin
+
+    def _compacted(self) -> "FlatIndex":
+        living = self.rows.living()
+        twin = FlatIndex(self.dim)
+        twin.rows, twin._buffer = Rows(self.rows.ids[living]), self._buffer[living]
         return twin
 
     def _twin(self) -> "FlatIndex":
@@ -165,17 +182,18 @@ def search_exactly(
         queries: (Q, D) unit rows.
         vectors: (N, D) unit rows, one per slot; read in blocks, so they may be kept in fewer bits.
         ids: (N,) id of each slot.
-        slots: only these rows; None: all.
+        slots: only these rows, each once; None: all.
     """
     count = len(vectors) if slots is None else len(slots)
     hits = no_hits(len(queries), k)
     pending = np.arange(len(queries)) if count else np.empty(0, np.int64)
+    choice = chosen(vectors, slots)
     fetch = min(k + SPARE, count)
     while len(pending):
         unsettled = []
         for start in range(0, len(pending), QUERY_BLOCK):
             part = pending[start : start + QUERY_BLOCK]
-            candidates, floor = best_slots(queries[part], vectors, fetch=fetch, slots=slots)
+            candidates, floor = best_slots(queries[part], vectors, fetch=fetch, choice=choice)
             ranked = rank(
                 queries[part], candidates, rough_floor=floor, k=k, ids=ids, vectors_at=vectors.__getitem__
             )
@@ -187,13 +205,33 @@ def search_exactly(
     return hits
 
 
+class Chosen(NamedTuple):
+    """Which rows are compared: all, those at some slots (they are copied), or all but hidden ones."""
+
+    count: int
+    slots: NDArray[np.int64] | None = None
+    hidden: NDArray[np.int64] | None = None  # ascending
+
+
+def chosen(vectors: Vectors | Kept, slots: NDArray[np.int64] | None) -> Chosen:
+    """The quickest way to compare only the rows at `slots`; None: all."""
+    if slots is None or len(slots) == len(vectors):
+        return Chosen(len(vectors))
+    if not isinstance(vectors, np.ndarray) or len(slots) < MASKED_SHARE * len(vectors):
+        return Chosen(len(slots), slots=slots)
+    hidden = np.ones(len(vectors), bool)
+    hidden[slots] = False
+    return Chosen(len(slots), hidden=np.flatnonzero(hidden))
+
+
 def best_slots(
-    queries: Vectors, vectors: Vectors | Kept, *, fetch: int, slots: NDArray[np.int64] | None
+    queries: Vectors, vectors: Vectors | Kept, *, fetch: int, choice: Chosen
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """(Q, fetch) slots with the highest float32 scores in any order, and the lowest score among them (Q,).
 
-    The floor is -inf when every row is among the candidates.
+    The floor is -inf when every chosen row is among the candidates; there are at least `fetch` of them.
     """
+    slots = choice.slots
     count = len(vectors) if slots is None else len(slots)
     block = SCORE_LIMIT // len(queries)
     if slots is not None or not isinstance(vectors, np.ndarray):
@@ -204,6 +242,9 @@ def best_slots(
     for start in range(0, count, block):
         part = slice(start, min(start + block, count))
         scores = queries @ (vectors[part] if slots is None else vectors[slots[part]]).T
+        if choice.hidden is not None:
+            first, last = np.searchsorted(choice.hidden, (part.start, part.stop))
+            scores[:, choice.hidden[first:last] - start] = -np.inf  # below every row that may be returned
         keep = highest(scores, fetch)
         names = keep + start if slots is None else slots[part][keep]
         best = np.concatenate([best, names], axis=1)
@@ -212,7 +253,7 @@ def best_slots(
             keep = highest(best_scores, fetch)
             best = np.take_along_axis(best, keep, axis=1)
             best_scores = np.take_along_axis(best_scores, keep, axis=1)
-    if fetch >= count:
+    if fetch >= choice.count:
         return best, np.full(len(queries), -np.inf, np.float32)
     return best, best_scores.min(axis=1)
 
