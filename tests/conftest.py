@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browsing import browser  # noqa: F401  a fixture, for every test of the page
 from PIL import Image, ImageDraw, ImageFilter
 
 from dml.startup import prepare_process

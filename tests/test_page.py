@@ -1,15 +1,12 @@
 """The search page in a real browser: every way to bring a picture, and the way from hit to hit."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import quote
 
 import httpx
 import pytest
+from browsing import Watched, assert_no_sideways_scroll, labels, upload
 from serving import ColourEncoder, colour_collection, jpeg, running
 
 from service.app import create_app
@@ -18,58 +15,6 @@ from service.keys import Keys, Scope
 from service.settings import Settings
 
 pytestmark = pytest.mark.browser
-
-USUAL = (
-    "/usr/bin/chromium",
-    "/usr/bin/chromium-browser",
-    "/usr/bin/google-chrome",
-    "/usr/bin/google-chrome-stable",
-    "/snap/bin/chromium",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "/Applications/Chromium.app/Contents/MacOS/Chromium",
-)
-
-
-def find_chromium() -> str | None:
-    """A Chromium of this machine: $CHROMIUM, the usual places, or Playwright's own."""
-    named = os.environ.get("CHROMIUM")
-    if named:
-        return named if Path(named).exists() else shutil.which(named)
-    for path in USUAL:
-        if Path(path).exists():
-            return path
-    own = sorted(
-        Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", "~/.cache/ms-playwright"))
-        .expanduser()
-        .glob("chromium-*/chrome-linux*/chrome")
-    )
-    return str(own[-1]) if own else None
-
-
-@dataclass
-class Watched:
-    """What the browser did besides showing the page."""
-
-    console: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    give_up = pytest.fail if os.environ.get("DML_REQUIRE_BROWSER") == "1" else pytest.skip
-    try:
-        from playwright import sync_api as playwright
-    except ModuleNotFoundError:
-        give_up("playwright is not installed")
-    path = find_chromium()
-    if path is None:
-        give_up("no Chromium: install one, or name it in the environment variable CHROMIUM")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +55,8 @@ def page(request, browser, address, watched):
     assert watched.console == []
 
 
-def labels(page) -> list[str]:
-    return page.locator(".card .label").all_inner_texts()
-
-
-def upload(page, data: bytes, name: str = "mine.jpg") -> None:
-    page.set_input_files("#file", {"name": name, "mimeType": "image/jpeg", "buffer": data})
-
-
-def assert_no_sideways_scroll(page) -> None:
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-
-
 def test_the_start_offers_a_varied_sample(page):
-    assert page.locator("h1").inner_text() == "What looks like this?"
+    assert page.locator("#question").inner_text() == "What looks like this?"
     names = page.locator(".card .hit").evaluate_all("all => all.map(b => b.getAttribute('aria-label'))")
     assert {name.removeprefix("More like ") for name in names[:4]} == {"red", "green", "blue", "gold"}
     assert_no_sideways_scroll(page)
@@ -460,7 +393,8 @@ def test_a_page_elsewhere_can_neither_read_nor_write_through_the_visitor(browser
               ]) {
                 outcomes.push(await fetch(path, options).then((answer) => answer.status, () => "blocked"));
               }
-              await fetch(`${place}/search/image`, { method: "POST", body: form, mode: "no-cors" }).catch(() => {});
+              const blind = { method: "POST", body: form, mode: "no-cors" };
+              await fetch(`${place}/search/image`, blind).catch(() => {});
               return outcomes;
             }""",
             opened,

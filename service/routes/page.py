@@ -13,8 +13,10 @@ router = APIRouter(include_in_schema=False)
 
 FILES = {
     "page.css": "text/css",
-    "page.js": "text/javascript",
-    "key.js": "text/javascript",
+    **{
+        f"{name}.js": "text/javascript"
+        for name in ("ask", "crop", "draw", "filters", "key", "manage", "page", "status")
+    },
     "favicon.svg": "image/svg+xml",
 }
 POLICY = "; ".join(

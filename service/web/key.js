@@ -9,6 +9,9 @@ let question = null; // one for all requests that wait for its answer
 
 const key = () => sessionStorage.getItem(KEPT);
 
+/** The headers that carry the key; none where there is none. */
+export const headers = () => (key() ? { Authorization: `Bearer ${key()}` } : {});
+
 /** fetch, with the key; when the service wants one, or another, the visitor is asked and the request sent again. */
 export async function send(path, options = {}) {
   for (;;) {

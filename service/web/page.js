@@ -3,98 +3,36 @@
 // A search is a step: an uploaded picture, or an item of the collection. Steps form a trail; going back in the browser
 // goes back along it. Addresses are relative, so that the page also works below a prefix of a proxy.
 
+import { Problem, ask, askWith, local, place, thumbnail } from "./ask.js";
+import { cropping, cut } from "./crop.js";
+import { $, MARKS, chip, drawing, element, pictures, plural, say, settled, size, thumb } from "./draw.js";
+import { chosenNow, clearFilters, filterNow, listenToFilters, offerFilters } from "./filters.js";
 import * as key from "./key.js";
+import { adding, confirmDelete, listenToManaging, manage, stage } from "./manage.js";
+import { showStatus } from "./status.js";
 
 const PAGE = 24;
 const SAMPLES = 24;
-const SVG = "http://www.w3.org/2000/svg";
-const $ = (id) => document.getElementById(id);
+const KNOWN = 1000; // items that are looked at for fields to filter by
+const STATUS = "#/status";
 
 const state = {
   collections: new Map(),
   collection: null,
+  about: null, // what the service says about the collection: a promise
   trail: [],
   at: -1, // the step that is shown; -1 is the start
-  shown: 0,
+  seen: new Set(), // ids of the hits that are shown
+  cursor: null, // where the next page starts, once there was a second one
+  threshold: 0, // hits are at least so similar; 0 takes all
+  denied: false, // this visitor was refused to write
   most: 16 * 1024 * 1024,
   asking: null, // AbortController of the request under way
 };
 
-// Asking the service
-
-class Problem extends Error {
-  constructor(members) {
-    super(members.detail);
-    Object.assign(this, { title: "The service could not answer", type: null, request_id: null }, members);
-  }
-}
-
-async function ask(path, options = {}) {
-  let response;
-  try {
-    response = await key.send(path, { headers: { Accept: "application/json" }, ...options });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Problem({ title: "The service cannot be reached", detail: "Is it still running? Try again in a moment." });
-  }
-  let body = null;
-  try {
-    body = await response.json();
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-  }
-  if (response.ok && body !== null) return body;
-  throw new Problem(body ?? { detail: `It answered ${response.status} with something this page cannot read.` });
-}
-
-const place = (...parts) => ["v1/collections", ...parts.map(encodeURIComponent)].join("/");
-
-const local = (address) => address.replace(/^\//, ""); // relative to the page, whatever the prefix
-
-function thumbnail(address) {
-  return address ? `${local(address)}&size=thumb` : null;
-}
+let crop;
 
 // Drawing
-
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined) continue;
-    if (key === "class") made.className = value;
-    else made.setAttribute(key, value);
-  }
-  made.append(...children.filter((child) => child !== null));
-  return made;
-}
-
-function drawing(path) {
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", "0 0 20 20");
-  svg.setAttribute("aria-hidden", "true");
-  const line = document.createElementNS(SVG, "path");
-  line.setAttribute("d", path);
-  svg.append(line);
-  return svg;
-}
-
-function thumb(item) {
-  const frame = element("span", { class: "thumb" });
-  const blank = () => {
-    frame.replaceChildren(item.id);
-    frame.classList.add("blank");
-  };
-  const address = thumbnail(item.image);
-  if (!address) {
-    blank();
-    return frame;
-  }
-  const image = element("img", { alt: "", draggable: "false", decoding: "async" });
-  image.addEventListener("error", blank);
-  key.show(image, address);
-  frame.append(image);
-  return frame;
-}
 
 /** The id without the folders down to the one that only repeats the label. */
 function shortId(item) {
@@ -126,16 +64,44 @@ function card(item, position) {
     );
     if (item.label) button.append(element("span", { class: "id" }, shortId(item)));
   }
-  button.addEventListener("click", () => follow({ kind: "item", id: item.id, label: item.label, image: item.image }));
+  button.addEventListener("click", () => follow(stepOf({ kind: "item", id: item.id, label: item.label, image: item.image })));
   const entry = element("li", { class: "card" }, button);
   entry.style.setProperty("--place", Math.min(position, 24));
-  if (scored && item.image) {
-    const open = element("a", { class: "open", href: local(item.image), target: "_blank", rel: "noopener", "aria-label": `Open the picture of ${name}` });
-    key.follow(open, local(item.image));
-    open.append(drawing("M8 4H5a1 1 0 0 0-1 1v10a1 1 0 0 0 1 1h10a1 1 0 0 0 1-1v-3M12 4h4v4M16 4l-7 7"));
-    entry.append(open);
-  }
+  if (scored) entry.append(actions(item, name));
   return entry;
+}
+
+/** What can be done with a hit besides following it. */
+function actions(item, name) {
+  const button = (mark, label, act) => {
+    const made = element("button", { class: "action", type: "button", "aria-label": label, title: label }, drawing(mark));
+    made.addEventListener("click", act);
+    return made;
+  };
+  const row = element(
+    "div",
+    { class: "actions" },
+    button(MARKS.more, `More of this: ${name}`, () => exemplify(item, "positive")),
+    button(MARKS.less, `Less of this: ${name}`, () => exemplify(item, "negative")),
+  );
+  if (item.image) {
+    const open = element("a", { class: "action open", href: local(item.image), target: "_blank", rel: "noopener", "aria-label": `Open the picture of ${name}`, title: "Open the picture" });
+    key.follow(open, local(item.image));
+    open.append(drawing(MARKS.open));
+    row.append(open);
+  }
+  const remove = button(MARKS.remove, `Delete ${name}`, () => discard(item));
+  remove.classList.add("writing");
+  row.append(remove);
+  return row;
+}
+
+async function discard(item) {
+  const cards = [...document.querySelectorAll(".card")];
+  const here = cards.findIndex((entry) => entry.querySelector(".hit").dataset.id === item.id);
+  if (!(await confirmDelete(state.collection, item, thumb(item)))) return;
+  cards[here]?.remove();
+  (cards[here + 1] ?? cards[here - 1])?.querySelector(".hit").focus({ preventScroll: true });
 }
 
 function showSkeletons(count) {
@@ -159,6 +125,7 @@ function showProblem(error) {
 }
 
 function showEmpty(title, detail) {
+  $("empty").querySelector("button")?.remove();
   $("empty-title").textContent = title;
   $("empty-detail").textContent = detail;
   $("empty").hidden = false;
@@ -166,15 +133,7 @@ function showEmpty(title, detail) {
 }
 
 function clear() {
-  $("problem").hidden = true;
-  $("empty").hidden = true;
-  $("more").hidden = true;
-}
-
-const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
-
-function size(bytes) {
-  return bytes < 1024 * 1024 ? `${Math.max(1, Math.round(bytes / 1024))}\u00a0KB` : `${(bytes / 1024 / 1024).toFixed(bytes % 1048576 ? 1 : 0)}\u00a0MB`;
+  $("problem").hidden = $("empty").hidden = $("more").hidden = true;
 }
 
 // Steps
@@ -183,11 +142,16 @@ function size(bytes) {
 function begin(bones, waits = () => {}) {
   state.asking?.abort();
   const asking = (state.asking = new AbortController());
+  const before = ["empty", "more"].filter((id) => !$(id).hidden);
   clear();
   $("grid").setAttribute("aria-busy", "true");
   const asked = {
     signal: asking.signal,
     waited: false,
+    /** What was shown stays, for the request came to nothing. */
+    restore() {
+      for (const id of before) $(id).hidden = false;
+    },
     end() {
       clearTimeout(waiting);
       if (state.asking === asking) $("grid").removeAttribute("aria-busy");
@@ -201,17 +165,42 @@ function begin(bones, waits = () => {}) {
   return asked;
 }
 
-async function search(step, offset, signal) {
-  const params = { limit: PAGE, offset };
-  if (step.kind === "item") {
-    const query = new URLSearchParams(params);
-    return ask(`${place(state.collection, "items", step.id, "similar")}?${query}`, { signal });
-  }
+/** The answer to a step, from the first hit on or from a cursor on. */
+async function search(step, { limit = PAGE, cursor = null, signal }) {
+  const { collection } = state;
+  const examples = { positive: step.positive.map(({ id }) => id), negative: step.negative.map(({ id }) => id) };
+  const part = step.kind === "item" && step.region; // a part of an item's picture is a picture of its own
+  const filter = filterNow(part ? step.id : null);
+  const params = {
+    limit,
+    ...(cursor === null ? {} : { cursor }),
+    ...(state.threshold > 0 ? { score_threshold: state.threshold } : {}),
+    ...(filter === null ? {} : { filter }),
+  };
+  const asked = { signal, timed: collection };
+  if (step.kind === "item" && !part) return askWith(place(collection, "search"), { ...params, query: { id: step.id, ...examples } }, asked);
   const form = new FormData();
-  form.append("file", step.file, step.name);
-  form.append("params", JSON.stringify(params));
-  return ask(place(state.collection, "search", "image"), { method: "POST", body: form, signal });
+  form.append("file", await pictureOf(step), "picture");
+  form.append("params", JSON.stringify({ ...params, query: examples }));
+  return ask(place(collection, "search", "image"), { method: "POST", body: form, ...asked });
 }
+
+/** What is sent for a step: its file, or the region that was selected. */
+async function pictureOf(step) {
+  if (!step.region) return step.file;
+  if (step.part?.of !== step.region) {
+    const image = new Image();
+    key.show(image, step.url ?? local(step.image));
+    await new Promise((resolve, reject) => {
+      image.addEventListener("load", resolve, { once: true });
+      image.addEventListener("error", () => reject(new Problem({ title: "The picture cannot be cut", detail: "This browser cannot show it." })), { once: true });
+    });
+    step.part = { of: step.region, blob: await cut(image, step.region) };
+  }
+  return step.part.blob;
+}
+
+const stepOf = (members) => ({ positive: [], negative: [], region: null, ...members });
 
 /**
  * A new step after the one that is shown; what came after that is forgotten. It joins the trail when it is answered: a
@@ -220,7 +209,7 @@ async function search(step, offset, signal) {
 async function follow(step) {
   const asked = begin(PAGE, () => drawStep(step));
   try {
-    const found = await search(step, 0, asked.signal);
+    const found = await search(step, { signal: asked.signal });
     asked.end();
     state.trail = [...state.trail.slice(0, state.at + 1), step];
     state.at = state.trail.length - 1;
@@ -231,6 +220,7 @@ async function follow(step) {
     asked.end();
     if (error.name === "AbortError") return;
     if (asked.waited) await (state.at < 0 ? showStart() : showStep());
+    else asked.restore();
     showProblem(error);
   }
 }
@@ -252,8 +242,70 @@ function describe(step) {
   frame.classList.toggle("blank", !address);
   picture.onerror = () => frame.classList.add("blank");
   picture.alt = upload ? "The picture that is looked for" : `The picture of ${step.label ?? step.id}`;
-  if (address) key.show(picture, address);
-  else picture.removeAttribute("src");
+  $("crop").hidden = !address;
+  if (!address) picture.removeAttribute("src");
+  else if (picture.dataset.address !== address || !picture.src) key.show(picture, address);
+  crop.show(step.region);
+}
+
+/** The examples of a step, each of which can be taken away again. */
+function drawExamples(step) {
+  for (const [kind, list] of [["positive", "liked"], ["negative", "disliked"]]) {
+    const entries = step[kind].map((item) => {
+      const name = item.label ?? item.id;
+      const remove = () => {
+        step[kind] = step[kind].filter((other) => other.id !== item.id);
+        say(`${name} is no example any more`);
+        again();
+        $("results-title").focus({ preventScroll: true });
+      };
+      return chip(name, { remove, picture: thumb(item), spoken: `Take away the example ${name}` });
+    });
+    $(list).replaceChildren(...entries);
+    $(`${list}-part`).hidden = !entries.length;
+  }
+  $("examples").hidden = !step.positive.length && !step.negative.length;
+}
+
+function exemplify(item, kind) {
+  const step = state.trail[state.at];
+  const other = kind === "positive" ? "negative" : "positive";
+  step[other] = step[other].filter(({ id }) => id !== item.id);
+  step[kind] = [...step[kind].filter(({ id }) => id !== item.id), item];
+  say(`${kind === "positive" ? "More" : "Less"} of ${item.label ?? item.id}`);
+  again();
+  $("results-title").focus({ preventScroll: true });
+}
+
+/** What narrows the results, above them. */
+function drawNarrowed() {
+  const entries = chosenNow();
+  if (state.threshold > 0) entries.push({ text: `Similarity at least ${state.threshold.toFixed(2)}`, remove: () => limitTo(0) });
+  const gone = (remove) => () => {
+    remove();
+    $("results-title").focus({ preventScroll: true });
+  };
+  $("narrowed").replaceChildren(...entries.map(({ text, remove }) => chip(text, { remove: gone(remove), spoken: `Remove: ${text}` })));
+  $("narrowed").hidden = !entries.length;
+}
+
+function limitTo(threshold) {
+  state.threshold = threshold;
+  $("threshold").value = threshold;
+  tellThreshold();
+  narrow();
+}
+
+function tellThreshold() {
+  const value = Number($("threshold").value);
+  $("threshold-value").textContent = value > 0 ? value.toFixed(2) : "any";
+  $("threshold").setAttribute("aria-valuetext", value > 0 ? value.toFixed(2) : "any");
+}
+
+/** The same step under other conditions. */
+function narrow() {
+  drawNarrowed();
+  again();
 }
 
 function drawTrail() {
@@ -285,54 +337,89 @@ function drawTrail() {
 
 /** Everything about a step but its results. */
 function drawStep(step) {
-  document.body.dataset.view = "results";
-  $("query").hidden = false;
+  mark("results");
+  $("status").hidden = true;
+  $("results").hidden = $("query").hidden = false;
   $("results-title").textContent = "";
   $("facts").textContent = "Looking…";
+  document.title = `${step.kind === "upload" ? step.name : (step.label ?? step.id)} · Visual search`;
   describe(step);
+  drawExamples(step);
+  drawNarrowed();
   drawTrail();
   window.scrollTo({ top: 0, behavior: "instant" });
 }
 
-/** Search again for the step that the trail is at. */
+/** Search again for the step that the trail is at, and show it from the top. */
 async function showStep() {
+  drawStep(state.trail[state.at]);
+  await again();
+}
+
+/** Search again for the step that the trail is at. */
+async function again() {
   const step = state.trail[state.at];
+  if (!step) return;
   const asked = begin(PAGE);
-  drawStep(step);
+  drawExamples(step);
   try {
-    const found = await search(step, 0, asked.signal);
+    const found = await search(step, { signal: asked.signal });
     asked.end();
     showHits(found);
   } catch (error) {
     asked.end();
-    if (error.name !== "AbortError") $("grid").replaceChildren();
+    if (error.name === "AbortError") return;
+    $("grid").replaceChildren();
+    $("facts").textContent = $("results-title").textContent = "";
     showProblem(error);
   }
 }
 
 function showHits(found) {
-  state.shown = found.hits.length;
+  state.seen = new Set(found.hits.map(({ id }) => id));
+  state.cursor = null;
   const took = found.took_ms < 10 ? found.took_ms.toFixed(1) : Math.round(found.took_ms);
   $("facts").textContent = `${took} ms · ${found.approximate ? "approximate" : "exact"} search`;
-  $("results-title").textContent = found.hits.length ? `Nearest of ${plural(found.total, "picture", "pictures")}` : "";
+  const narrowed = !$("narrowed").hidden;
+  const all = found.total_is_exact ? `Nearest of ${pictures(found.total)}` : `The nearest ${pictures(found.hits.length)}`;
+  $("results-title").textContent = found.hits.length ? all : "";
   if (!found.hits.length) {
-    showEmpty("Nothing to compare with", "This collection has no other picture yet.");
+    if (narrowed) {
+      showEmpty("Nothing like this here", "No picture meets these conditions. Take one away, or lower the similarity.");
+      const clear = element("button", { class: "button", type: "button" }, "Take all conditions away");
+      clear.addEventListener("click", widen);
+      $("empty").append(clear);
+    } else showEmpty("Nothing to compare with", "This collection has no other picture yet.");
     return;
   }
   $("grid").replaceChildren(...found.hits.map(card));
-  $("more").hidden = found.hits.length < PAGE || state.shown >= found.total;
+  $("more").hidden = found.hits.length < PAGE || (found.total_is_exact && state.seen.size >= found.total);
 }
 
+function widen() {
+  clearFilters();
+  limitTo(0);
+  $("results-title").focus({ preventScroll: true });
+}
+
+/**
+ * The next page. A walk with a cursor neither repeats nor skips, whatever is written meanwhile; it starts when it is first
+ * asked for, behind what is shown already, so that a search that nobody pages through costs nothing more.
+ */
 async function showMore() {
   const step = state.trail[state.at];
-  const asking = (state.asking = new AbortController());
+  state.asking?.abort();
+  const { signal } = (state.asking = new AbortController());
   $("more").disabled = true;
   try {
-    const found = await search(step, state.shown, asking.signal);
-    const cards = found.hits.map(card);
-    state.shown += found.hits.length;
+    const found = await nextPage(step, signal);
+    const fresh = found.hits.filter(({ id }) => !state.seen.has(id));
+    const cards = fresh.map(card);
+    for (const { id } of fresh) state.seen.add(id);
+    state.cursor = found.next_cursor;
     $("grid").append(...cards);
-    $("more").hidden = found.hits.length < PAGE || state.shown >= found.total;
+    $("more").hidden = found.next_cursor === null;
+    say(`${plural(fresh.length, "more picture", "more pictures")}`);
     cards[0]?.querySelector("button").focus({ preventScroll: true });
   } catch (error) {
     showProblem(error);
@@ -341,17 +428,35 @@ async function showMore() {
   }
 }
 
+async function nextPage(step, signal) {
+  if (state.cursor !== null) {
+    try {
+      return await search(step, { cursor: state.cursor, signal });
+    } catch (error) {
+      if (error.slug !== "cursor-expired") throw error;
+    }
+  }
+  const limit = Math.min(1000, state.seen.size + PAGE);
+  const { capabilities = [] } = (await state.about) ?? {};
+  if (capabilities.includes("generation_cursor")) return search(step, { cursor: "*", limit, signal });
+  const found = await search(step, { limit, signal });
+  return { ...found, next_cursor: found.hits.length < limit || limit >= 1000 ? null : "" };
+}
+
 async function showStart() {
   state.at = -1;
-  document.body.dataset.view = "start";
-  $("query").hidden = true;
+  mark("start");
+  document.title = "What looks like this?";
+  $("status").hidden = $("query").hidden = $("narrowed").hidden = true;
+  $("results").hidden = false;
   $("results-title").textContent = "";
   const asked = begin(SAMPLES);
   try {
     const found = await ask(`${place(state.collection, "items")}?limit=500`, { signal: asked.signal });
     asked.end();
     if (!found.items.length) {
-      showEmpty("This collection is empty", "Add a picture with PUT /v1/collections/" + state.collection + "/items/{id}, and it can be found at once.");
+      const how = $("add-open").hidden ? `Whoever runs the service can add some: dml index add, or PUT /v1/collections/${state.collection}/items/{id}.` : "Add pictures, and they can be found at once.";
+      showEmpty("This collection is empty", how);
       return;
     }
     $("results-title").textContent = "Or begin with one of these";
@@ -387,30 +492,49 @@ function take(file) {
     }));
     return;
   }
-  follow({ kind: "upload", file, name: file.name || "Pasted picture", url: URL.createObjectURL(file) });
+  follow(stepOf({ kind: "upload", file, name: file.name || "Pasted picture", url: URL.createObjectURL(file) }));
 }
 
 // Collections
 
-async function choose(name) {
+function choose(name) {
   state.collection = name;
   state.trail = [];
+  state.about = ask(place(name)).catch(() => null); // what went wrong shows where it matters
+  state.threshold = 0;
+  $("threshold").value = 0;
+  tellThreshold();
   $("collection").value = name;
+  $("status-link").href = STATUS;
+  manage(name, state.most);
+  offerFilters(name, [], { able: false });
   about(name);
+  offer(name);
 }
 
+/** The line at the foot, and whether pictures can be added here. */
 async function about(name) {
-  const known = state.collections.get(name);
-  const parts = [plural(known.count, "picture", "pictures")];
+  const known = await state.about;
+  if (state.collection !== name || !known) return;
+  const parts = [pictures(known.count), `${known.dim} dimensions`, `${known.index.kind ?? "unknown"} index`];
+  if (known.measured_recall !== null && known.measured_recall < 1) parts.push(`recall@10 ${known.measured_recall.toFixed(3)}`);
+  parts.push(`encoder ${known.model_fingerprint.slice(0, 8)}`);
+  $("about").textContent = parts.join(" · ");
+  const reason = known.read_only ? "read-only" : state.denied ? "your key may search only" : null;
+  const writable = reason === null && known.accepts.includes("image");
+  $("rights").textContent = reason === null ? "" : ` · ${reason}`;
+  $("add-open").hidden = !writable;
+  document.body.classList.toggle("writable", reason === null);
+}
+
+/** Offer filters for the fields that a sample of the items has. */
+async function offer(name) {
   try {
-    const { index, measured_recall: recall, model_fingerprint: model, dim } = await ask(place(name));
-    parts.push(`${dim} dimensions`, `${index.kind ?? "unknown"} index`);
-    if (recall !== null && recall < 1) parts.push(`recall@10 ${recall.toFixed(3)}`);
-    parts.push(`encoder ${model.slice(0, 8)}`);
+    const [known, { items }] = await Promise.all([state.about, ask(`${place(name, "items")}?limit=${KNOWN}`)]);
+    if (state.collection === name) offerFilters(name, items, { able: known?.capabilities.includes("filter") ?? false });
   } catch {
-    // The line is an extra: what went wrong shows where it matters.
+    // searching works without
   }
-  if (state.collection === name) $("about").textContent = parts.join(" · ");
 }
 
 // Going through the grid with the arrow keys
@@ -431,6 +555,32 @@ function move(event) {
 // Dropping, pasting, picking
 
 function listen() {
+  crop = cropping((region) => {
+    const step = state.trail[state.at];
+    if (!step) return;
+    step.region = region;
+    again();
+  });
+  listenToFilters(narrow);
+  listenToManaging({
+    changed: (name) => {
+      if (name !== state.collection) return;
+      state.about = ask(place(name)).catch(() => null);
+      about(name);
+      offer(name);
+      if (state.at < 0 && document.body.dataset.view === "start") showStart();
+    },
+    denied: () => {
+      state.denied = true;
+      about(state.collection);
+    },
+  });
+  $("refine").open = window.matchMedia("(min-width: 761px)").matches;
+  const limit = settled(() => limitTo(Number($("threshold").value)), 250);
+  $("threshold").addEventListener("input", () => {
+    tellThreshold();
+    limit();
+  });
   let depth = 0;
   const carries = (event) => event.dataTransfer?.types.includes("Files");
   window.addEventListener("dragenter", (event) => {
@@ -454,13 +604,15 @@ function listen() {
     document.body.classList.remove("dragging");
     if (!carries(event)) return;
     event.preventDefault();
-    take(event.dataTransfer.files[0]);
+    if (adding()) stage([...event.dataTransfer.files]);
+    else if (!document.querySelector("dialog[open]")) take(event.dataTransfer.files[0]);
   });
   document.addEventListener("paste", (event) => {
     const file = [...(event.clipboardData?.files ?? [])].find((entry) => entry.type.startsWith("image/"));
     if (!file) return;
     event.preventDefault();
-    take(file);
+    if (adding()) stage([file]);
+    else if (!document.querySelector("dialog[open]")) take(file);
   });
   for (const input of [$("file"), $("camera")]) {
     input.addEventListener("change", () => {
@@ -496,11 +648,20 @@ function restart(name) {
   showStart();
 }
 
+/** Mark the view that is shown. */
+function mark(view) {
+  document.body.dataset.view = view;
+  if (view === "status") $("status-link").setAttribute("aria-current", "page");
+  else $("status-link").removeAttribute("aria-current");
+}
+
 /** Show what the address and the history say: after a reload, a shared link, or a step back. */
 function arrive(past) {
-  const [name, id] = location.hash.slice(1).split("/").map(decodeURIComponent);
+  const [name, id] = location.hash.startsWith("#/") ? [] : location.hash.slice(1).split("/").map(decodeURIComponent);
   if (name !== state.collection && state.collections.has(name)) choose(name);
-  if (past && past.at >= 0 && state.trail[past.at]) {
+  if (location.hash.startsWith(STATUS)) {
+    showOperation();
+  } else if (past && past.at >= 0 && state.trail[past.at]) {
     state.at = past.at;
     showStep();
   } else if (id) {
@@ -511,10 +672,23 @@ function arrive(past) {
   }
 }
 
+/** The view for who runs the service. */
+function showOperation() {
+  state.asking?.abort();
+  clear();
+  mark("status");
+  document.title = "Status · Visual search";
+  $("query").hidden = $("results").hidden = true;
+  $("status").hidden = false;
+  window.scrollTo({ top: 0, behavior: "instant" });
+  $("status-title").focus({ preventScroll: true });
+  showStatus(state.collections, (name) => restart(name)).catch(showProblem);
+}
+
 async function showItem(id) {
   try {
     const item = await ask(place(state.collection, "items", id));
-    state.trail = [{ kind: "item", id, label: item.label, image: item.image }];
+    state.trail = [stepOf({ kind: "item", id, label: item.label, image: item.image })];
     state.at = 0;
     history.replaceState({ at: 0 }, "", addressOf(state.trail[0]));
     showStep();
@@ -537,7 +711,7 @@ async function main() {
     state.collections = new Map(items.map((item) => [item.name, item]));
     $("collection").replaceChildren(...items.map((item) => element("option", { value: item.name }, item.name)));
     $("collection").disabled = items.length < 2;
-    $("switcher").hidden = false;
+    $("switcher").hidden = $("places").hidden = false;
     const asked = decodeURIComponent(location.hash.slice(1).split("/")[0]);
     choose(state.collections.has(asked) ? asked : items[0].name);
     arrive(null);

@@ -1,0 +1,153 @@
+// The view for who runs the service: what is kept, how it is searched, how quick it was, what is under way.
+
+import { ask, place, timings } from "./ask.js";
+import { $, element, milliseconds, pictures, plural, size, svg } from "./draw.js";
+
+const WIDTH = 640;
+const HEIGHT = 96;
+
+/**
+ * @param collections name -> summary, as the service lists them.
+ * @param visit called with the name of a collection that is to be searched.
+ */
+export async function showStatus(collections, visit) {
+  const [root, models, jobs, ...infos] = await Promise.all([
+    ask("v1"), ask("v1/models"), runningJobs(), ...[...collections.keys()].map((name) => ask(place(name))),
+  ]);
+  const all = infos.reduce((sum, info) => sum + info.count, 0);
+  $("status-lead").textContent = `${pictures(all)} in ${plural(infos.length, "collection", "collections")}, served by ${root.name} ${root.version}.`;
+  const fitting = (info) => models.items.find((model) => model.fingerprint === info.model_fingerprint);
+  $("status-body").replaceChildren(
+    block("Collections", ...infos.map((info) => collectionCard(info, fitting(info), visit))),
+    block("Your searches", latency()),
+    ...(jobs ? [block("Jobs", jobList(jobs))] : []),
+  );
+}
+
+function block(title, ...contents) {
+  return element("section", { class: "block" }, element("h2", {}, title), ...contents);
+}
+
+function facts(entries) {
+  const pairs = entries.filter(([, value]) => value !== null && value !== undefined && value !== "");
+  return element("dl", { class: "facts" }, ...pairs.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+}
+
+function collectionCard(info, model, visit) {
+  const heading = element("h3", {}, info.name);
+  const go = element("button", { class: "button", type: "button", "aria-label": `Search in ${info.name}` }, "Search");
+  go.addEventListener("click", () => visit(info.name));
+  const { promised, measured, kept } = recall(info);
+  const verdict = kept === null ? null : element("span", { class: kept ? "verdict" : "verdict broken" }, kept ? "promise kept" : "below its promise");
+  return element(
+    "article",
+    { class: "sheet" },
+    element("div", { class: "sheet-head" }, heading, verdict, info.read_only ? element("span", { class: "verdict plain" }, "read-only") : null, go),
+    facts([
+      ["Pictures", info.count.toLocaleString("en")],
+      ["On disk", size(info.bytes_on_disk)],
+      ["Index", indexOf(info.index)],
+      ["Recall@10 promised", promised],
+      ["Recall@10 measured", measured],
+      ["Changes not merged yet", info.pending.toLocaleString("en")],
+      ["Generation", info.generation.toLocaleString("en")],
+      ["Encoder", encoderOf(info, model)],
+    ]),
+  );
+}
+
+function recall({ index, measured_recall: found }) {
+  const target = index.promised_recall ?? index.target_recall ?? index.promise?.recall ?? null;
+  const promised = target ?? (index.exact ? 1 : null);
+  return {
+    promised: target === null ? (index.exact ? "1 (exact)" : "none") : String(target),
+    measured: found === null ? "not measured" : found.toFixed(3),
+    kept: promised === null || found === null ? null : found >= promised,
+  };
+}
+
+function indexOf(index) {
+  const settings = Object.entries(index).filter(([name, value]) => !["kind", "exact", "device"].includes(name) && typeof value !== "object" && value !== "");
+  return [index.kind ?? "unknown", ...settings.map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`)].join(" · ");
+}
+
+function encoderOf(info, model) {
+  const parts = [info.model_fingerprint.slice(0, 12), `${info.dim} numbers`];
+  if (!model) return [...parts, "not loaded: ids and vectors only"].join(" · ");
+  if (model.input_size) parts.push(`${model.input_size} px`);
+  if (model.loss) parts.push(model.loss);
+  if (model.trained_on) parts.push(`trained on ${model.trained_on}`);
+  return parts.join(" · ");
+}
+
+// How long the searches of this page took
+
+const STAGES = [["embed", "encoder"], ["search", "index"], ["rest", "queue and network"]];
+
+const whole = (timing) => timing.embed + timing.search + timing.rest;
+
+/** The value that a share of the others does not exceed. */
+function quantile(values, share) {
+  const sorted = [...values].sort((one, other) => one - other);
+  return sorted[Math.max(0, Math.ceil(share * sorted.length) - 1)];
+}
+
+function latency() {
+  if (!timings.length) return element("p", { class: "quiet" }, "None yet since this page was opened. Search for something, and come back.");
+  const times = timings.map(whole);
+  const middle = ([name, word]) => [`Median, ${word}`, milliseconds(quantile(timings.map((timing) => timing[name]), 0.5))];
+  return element(
+    "div",
+    { class: "sheet" },
+    facts([
+      ["Searches", String(timings.length)],
+      ["Median", milliseconds(quantile(times, 0.5))],
+      ["95 of 100 within", milliseconds(quantile(times, 0.95))],
+      ...STAGES.map(middle),
+    ]),
+    chart(times),
+    element("ul", { class: "legend", "aria-hidden": "true" }, ...STAGES.map(([name, word]) => element("li", { class: name }, word))),
+  );
+}
+
+/** A bar for each search, the last one at the right, its stages on top of each other. */
+function chart(times) {
+  const highest = Math.max(...times);
+  const step = Math.min(26, WIDTH / timings.length);
+  const bars = timings.flatMap((timing, position) => {
+    let top = HEIGHT;
+    return STAGES.map(([name]) => {
+      const height = (timing[name] / highest) * (HEIGHT - 2);
+      top -= height;
+      return svg("rect", { class: name, x: position * step, y: top, width: Math.max(2, step - 3), height: Math.max(0, height) });
+    });
+  });
+  const spoken = `The last ${plural(times.length, "search", "searches")} took ${milliseconds(Math.min(...times))} to ${milliseconds(highest)}.`;
+  return svg("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": spoken, preserveAspectRatio: "xMinYMax meet" }, ...bars);
+}
+
+// Jobs
+
+/** The jobs, where this service keeps a list of them; null where it does not. */
+async function runningJobs() {
+  const { paths } = await ask("openapi.json");
+  if (!paths["/v1/jobs"]?.get) return null;
+  try {
+    const { items } = await ask("v1/jobs");
+    return items ?? [];
+  } catch (error) {
+    if (error.slug === "forbidden") return null;
+    throw error;
+  }
+}
+
+function jobList(jobs) {
+  if (!jobs.length) return element("p", { class: "quiet" }, "Nothing is under way.");
+  const rows = jobs.map((job) => {
+    const share = typeof job.progress === "number" ? job.progress : (job.progress?.share ?? null);
+    const name = [job.kind, job.collection].filter(Boolean).join(" · ") || job.id;
+    const bar = share === null || job.state !== "running" ? null : element("progress", { max: 1, value: share, "aria-label": `Progress of ${name}` });
+    return element("li", { class: "job" }, element("span", {}, name), element("span", { class: "quiet" }, job.state ?? ""), bar);
+  });
+  return element("ul", { class: "sheet jobs" }, ...rows);
+}
