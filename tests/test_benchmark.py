@@ -180,10 +180,16 @@ def test_committed_folds_share_no_class(path: Path) -> None:
     folds = Folds.from_json(path.read_text(), str(path))
     suite = load_suite(path.name.removesuffix(".folds.json"))
     assert len(folds.parts) == suite.protocol.folds
-    everyone = [name for part in (*folds.parts, folds.test) for name in part]
+    everyone = [name for part in (*folds.parts, folds.test, folds.pretrain) for name in part]
     assert len(everyone) == len(set(everyone))
-    trained = [name for part in folds.parts for name in part]
-    made = make_folds(trained, folds.test, folds=len(folds.parts), seed=suite.protocol.fold_seed)
+    trained = [name for part in (*folds.parts, folds.pretrain) for name in part]
+    made = make_folds(
+        trained,
+        folds.test,
+        folds=len(folds.parts),
+        seed=suite.protocol.fold_seed,
+        pretrain=0 if suite.pretrain is None else suite.pretrain.classes,
+    )
     assert made == folds, "the file is what the class names give"
 
 
