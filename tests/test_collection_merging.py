@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
 
 from dml.collection import NewItem, create_collection, derive, merging, open_collection
+from dml.collection.derive import Stopped
 from dml.collection.generation import Generation, Snapshot
+from dml.collection.measure import FEWEST, HeldOut, measure_recall
 from dml.collection.merging import Background, is_due, why_build_anew
 from dml.errors import ReadOnly, StorageError, UsageError
+from dml.index import make_index
 from dml.index.flat import FlatIndex
 
 DIM = 16
@@ -169,6 +172,52 @@ def test_new_items_measure_the_index_that_they_are_merged_into(create):
     second = shop.merge()["measured"]
     assert second["queries"] == 200
     assert second["recall_at_10"] == pytest.approx(first["recall_at_10"], abs=0.1)
+
+
+@pytest.mark.parametrize(("seconds", "queries"), [(float("inf"), 400), (1e-9, FEWEST)])
+def test_measuring_asks_as_many_as_the_time_allows_and_says_how_many(seconds, queries):
+    pytest.importorskip("faiss")
+    vectors = unit(0, 3_000)
+    index = make_index("ivf", DIM, device="cpu", cells=30, effort=2)
+    index.add(np.arange(2_600), vectors[:2_600])
+    held = HeldOut(np.arange(2_600, 3_000), vectors[2_600:])
+    blocks = [(np.arange(start, start + 500), vectors[start : start + 500]) for start in range(0, 3_000, 500)]
+    measured = measure_recall(index, held, blocks, count=2_600, seconds=seconds)
+    assert measured is not None
+    assert measured["queries"] == queries
+    model = {str(n): v for n, v in enumerate(vectors[:2_600])}
+    order = np.random.default_rng(0).permutation(400)[:queries]
+    found = index.search(held.vectors[order], 10).ids
+    right = [
+        len({*map(str, row.tolist())} & {*nearest(query, model, 10)})
+        for row, query in zip(found, held.vectors[order], strict=True)
+    ]
+    assert measured["recall_at_10"] == pytest.approx(np.mean(right) / 10, abs=1e-5)
+    assert 0.1 < measured["lower"] < measured["recall_at_10"] < 0.99
+
+
+def test_measuring_is_given_up_between_two_batches():
+    pytest.importorskip("faiss")
+    vectors = unit(0, 1_000)
+    index = make_index("hnsw", DIM, device="cpu")
+    index.add(np.arange(800), vectors[:800])
+    held = HeldOut(np.arange(800, 1_000), vectors[800:])
+    blocks = [(np.arange(800), vectors[:800])]
+
+    def measured(until):
+        """With a check that gives up when it is called for the so-manieth time."""
+        calls = count(1)
+
+        def check():
+            if next(calls) == until:
+                raise Stopped
+
+        return measure_recall(index, held, blocks, count=800, check=check)
+
+    for until in (1, 4, 5, 8):  # four batches are compared with everything, then searched
+        with pytest.raises(Stopped):
+            measured(until)
+    assert measured(9) is not None
 
 
 # When

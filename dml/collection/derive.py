@@ -1,6 +1,7 @@
 """Making the main index of a collection from its catalogue: as a whole, or from the one before."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from dml.collection import catalog as sql
 from dml.collection.catalog import Catalog
 from dml.collection.generation import Snapshot
-from dml.collection.measure import HeldOut, hold_out, hold_out_new, measure_recall, training_sample
+from dml.collection.measure import BLOCK, HeldOut, hold_out, hold_out_new, measure_recall, training_sample
 from dml.errors import ConfigError
 from dml.index import KINDS, choose_kind, load_index, make_index
 from dml.index.base import VectorIndex
@@ -55,6 +56,7 @@ def build_snapshot(
     device: str,
     measure: bool,
     seed: int,
+    seconds: float = math.inf,
     stop: Stop = never,
 ) -> Built:
     """An index of all items there are; the catalogue may be written to meanwhile.
@@ -63,7 +65,8 @@ def build_snapshot(
         wanted: {"kind": "auto" or a kind, "options": of that kind}.
         measure: measure recall@10 with held-out queries against exact search.
         seed: chooses the held-out queries.
-        stop: asked between blocks of rows.
+        seconds: that measuring may take, see `measure_recall`.
+        stop: asked between blocks of rows, and between batches of queries.
 
     Raises:
         ConfigError, MissingExtra: a kind or options that cannot be had.
@@ -78,7 +81,9 @@ def build_snapshot(
         none = np.empty((0, catalog.dim), np.float32)
         index.prepare(training_sample(db, without=held, dim=catalog.dim) if index.learns else none, count)
         kept = fill(index, db, held=held, dim=catalog.dim, stop=stop)
-        measured = measure_recall(index, kept, sql.rows_after(db, 0, dim=catalog.dim)) if measure else None
+        measured = None
+        if measure:
+            measured = measured_over(db, index, kept, count=count, seconds=seconds, stop=stop)
     index.add(kept.rows, kept.vectors)
     log.info("built %s over %d items in %.1f s", kind, count, time.monotonic() - started)
     return described(Snapshot(index, sequence, last, measured, built_over=count), started)
@@ -92,6 +97,7 @@ def extend_snapshot(
     device: str,
     measure: bool,
     seed: int,
+    seconds: float = math.inf,
     stop: Stop = never,
 ) -> Built:
     """A copy of an index with the changes since; the index itself goes on being searched.
@@ -100,7 +106,7 @@ def extend_snapshot(
         saved: the file of `base`, which the copy is read from (and checked by the way).
         measure: measure recall@10 with those of the new items that it has not seen; while they are few, the
             figure of `base` is kept.
-        stop: asked between blocks of rows.
+        seed, seconds, stop: as `build_snapshot`.
 
     Raises:
         DamagedFile: `saved` does not fit its checksums.
@@ -117,7 +123,7 @@ def extend_snapshot(
         kept = fill(index, db, after=base.last_row, held=held, dim=catalog.dim, stop=stop)
         measured = base.measured
         if measure and (index.exact or len(held)):
-            measured = measure_recall(index, kept, sql.rows_after(db, 0, dim=catalog.dim))
+            measured = measured_over(db, index, kept, count=count, seconds=seconds, stop=stop)
     index.add(kept.rows, kept.vectors)
     log.info("merged %s, now %d items, in %.1f s", index.kind, count, time.monotonic() - started)
     return described(
@@ -126,6 +132,20 @@ def extend_snapshot(
         ),
         started,
     )
+
+
+def measured_over(
+    db: Any, index: VectorIndex, held: HeldOut, *, count: int, seconds: float, stop: Stop
+) -> dict[str, Any] | None:
+    """The recall of an index over all items but the held-out ones. Raises Stopped: `stop` said so."""
+
+    def check() -> None:
+        if stop():
+            raise Stopped
+
+    blocks = sql.rows_after(db, 0, dim=index.dim, block=BLOCK)
+    left = count - len(held.rows)
+    return measure_recall(index, held, blocks, count=left, seconds=seconds, check=check)
 
 
 def described(snapshot: Snapshot, started: float) -> Built:

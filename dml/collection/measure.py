@@ -1,6 +1,8 @@
 """How many true neighbours an index finds, measured with vectors that it has not seen while it was built."""
 
-from collections.abc import Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,14 +10,21 @@ from numpy.typing import NDArray
 
 from dml.collection import catalog as sql
 from dml.index.base import Ids, VectorIndex, Vectors
-from dml.index.tune import Asked, Point, asked_of, measure
+from dml.index.tune import Asked, Point, asked_of, measure, nearer, unanswered
 
 QUERIES = 1000
 SHARE = 0.1
 """At most this many items, and this share of them, are held out as queries."""
 
 FEWEST = 100
-"""With fewer new items than this an earlier measurement says more."""
+"""With fewer new items than this an earlier measurement says more, and so many are asked however long it
+takes."""
+
+BATCH = 64
+"""Queries that are compared at once. Between two batches other threads get a turn, and one may give up."""
+
+BLOCK = 16_384
+"""Vectors that queries are compared with at once."""
 
 NEIGHBOURS = 10
 SAMPLE = 200_000
@@ -63,7 +72,14 @@ def training_sample(db: Any, *, without: Ids, dim: int, seed: int = 0) -> Vector
 
 
 def measure_recall(
-    index: VectorIndex, held: HeldOut, blocks: Iterable[tuple[Ids, Vectors]]
+    index: VectorIndex,
+    held: HeldOut,
+    blocks: Iterable[tuple[Ids, Vectors]],
+    *,
+    count: int,
+    seconds: float = math.inf,
+    check: Callable[[], None] = lambda: None,
+    seed: int = 0,
 ) -> dict[str, Any] | None:
     """recall@10: the share of the 10 true nearest neighbours that a search with default effort returns.
 
@@ -73,28 +89,64 @@ def measure_recall(
     Args:
         held: vectors that the index does not hold yet.
         blocks: all vectors of the catalogue; those held out may be among them.
+        count: how many vectors there are in the blocks, but those held out.
+        seconds: that the comparison with all vectors may take; where it would take longer, fewer of the
+            held-out ones serve as queries, down to `FEWEST` drawn at random.
+        check: called between batches of queries; may raise to give up.
+        seed: of what is drawn.
 
     Returns:
-        {"recall_at_10", "lower" (of 95 %), "latency" (seconds of a single query), "queries", "held_out"}; an
-        exact index has 1 by construction; None without queries.
+        {"recall_at_10", "lower" (of 95 %), "latency" (seconds of a single query), "queries" (that were
+        asked), "held_out"}; an exact index has 1 by construction; None without queries.
     """
     if index.exact:
         return {"recall_at_10": 1.0, "lower": 1.0, "queries": 0, "held_out": True}
     if not len(held.rows):
         return None
-    point, _ = measure(index, asked_of_held(held, blocks), effort=None)
-    return described_point(point, len(held.rows))
+    order = np.random.default_rng(seed).permutation(
+        len(held.rows)
+    )  # whoever is left out is left out by chance
+    asked = asked_within(held.vectors[order], others(held, blocks), count=count, seconds=seconds, check=check)
+    point, _ = measure(index, asked, effort=None, check=check, batch=BATCH)
+    return described_point(point, len(asked.queries))
+
+
+def asked_within(
+    queries: Vectors,
+    blocks: Iterable[tuple[Ids, Vectors]],
+    *,
+    count: int,
+    seconds: float,
+    check: Callable[[], None],
+) -> Asked:
+    """As many of the queries as the time allows, with their true neighbours; see `measure_recall`."""
+    asked, left, spent = unanswered(queries), count, 0.0
+    for names, rows in blocks:
+        started = time.monotonic()
+        parts = []
+        for start in range(0, len(asked.queries), BATCH):
+            check()
+            parts.append(nearer(asked.part(slice(start, start + BATCH)), names, rows))
+        asked = Asked(*map(np.concatenate, zip(*parts, strict=True)))
+        taken = time.monotonic() - started
+        spent, left = spent + taken, left - len(rows)
+        to_come = taken / max(1, len(rows)) * left  # as long as the queries stay so many
+        if to_come > max(0.0, seconds - spent):
+            share = max(0.0, seconds - spent) / to_come
+            asked = asked.part(slice(max(FEWEST, int(share * len(asked.queries)))))
+    return asked
+
+
+def others(held: HeldOut, blocks: Iterable[tuple[Ids, Vectors]]) -> Iterator[tuple[Ids, Vectors]]:
+    """The vectors that are not held out."""
+    for rows, vectors in blocks:
+        stays = ~np.isin(rows, held.rows)
+        yield rows[stays], vectors[stays]
 
 
 def asked_of_held(held: HeldOut, blocks: Iterable[tuple[Ids, Vectors]]) -> Asked:
     """The held-out vectors as queries, with their true neighbours among all others."""
-
-    def others() -> Iterator[tuple[Ids, Vectors]]:
-        for rows, vectors in blocks:
-            stays = ~np.isin(rows, held.rows)
-            yield rows[stays], vectors[stays]
-
-    return asked_of(held.vectors, others())
+    return asked_of(held.vectors, others(held, blocks))
 
 
 def described_point(point: Point, queries: int) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Asked(NamedTuple):
     true_ids: Ids  # (Q, DEPTH)
     true_scores: Vectors  # (Q, DEPTH)
 
-    def part(self, which: NDArray[Any]) -> "Asked":
+    def part(self, which: NDArray[Any] | slice) -> "Asked":
         """Some of the queries."""
         return Asked(self.queries[which], self.true_ids[which], self.true_scores[which])
 
@@ -255,16 +255,29 @@ def without_copies(asked: Asked) -> Asked:
 
 def asked_of(queries: Vectors, blocks: Iterable[tuple[Ids, Vectors]]) -> Asked:
     """Queries with their `DEPTH` true neighbours among whole vectors, which come in blocks of (ids, rows)."""
-    ids = np.full((len(queries), DEPTH), -1, np.int64)
-    scores = np.full((len(queries), DEPTH), -np.inf, np.float32)
+    asked = unanswered(queries)
     for names, rows in blocks:
-        if not len(rows) or not len(queries):
-            continue
-        found = search_exactly(queries, rows, names, k=min(DEPTH, len(rows)))
-        ids, scores = np.hstack([ids, found.ids]), np.hstack([scores, found.scores])
-        order = np.lexsort((ids, -scores), axis=-1)[:, :DEPTH]
-        ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    return Asked(queries, ids, scores)
+        asked = nearer(asked, names, rows)
+    return asked
+
+
+def unanswered(queries: Vectors) -> Asked:
+    """Queries of which no neighbours are known yet."""
+    shape = (len(queries), DEPTH)
+    return Asked(queries, np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32))
+
+
+def nearer(asked: Asked, names: Ids, rows: Vectors) -> Asked:
+    """With the true neighbours among a further block of vectors."""
+    if not len(rows) or not len(asked.queries):
+        return asked
+    found = search_exactly(asked.queries, rows, names, k=min(DEPTH, len(rows)))
+    ids = np.hstack([asked.true_ids, found.ids])
+    scores = np.hstack([asked.true_scores, found.scores])
+    order = np.lexsort((ids, -scores), axis=-1)[:, :DEPTH]
+    return Asked(
+        asked.queries, np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    )
 
 
 def recalls(asked: Asked, found: Ids) -> NDArray[np.float64]:
@@ -285,9 +298,26 @@ def lower_bound(values: NDArray[np.float64], errors: float = SURE) -> float:
     return float(max(0.0, values.mean() - errors * values.std(ddof=1) / math.sqrt(len(values))))
 
 
-def measure(index: VectorIndex, asked: Asked, *, effort: int | None) -> tuple[Point, NDArray[np.float64]]:
-    """Recall over all queries in one batch, and the median time of single ones."""
-    values = recalls(asked, index.search(asked.queries, NEIGHBOURS, effort=effort).ids)
+def measure(
+    index: VectorIndex,
+    asked: Asked,
+    *,
+    effort: int | None,
+    batch: int | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Point, NDArray[np.float64]]:
+    """Recall over all queries, and the median time of single ones.
+
+    Args:
+        batch: so many queries are searched at once; None: all.
+        check: called between batches; may raise to give up.
+    """
+    found = []
+    for start in range(0, len(asked.queries), batch or max(1, len(asked.queries))):
+        check()
+        part = asked.queries[start : start + (batch or len(asked.queries))]
+        found.append(index.search(part, NEIGHBOURS, effort=effort).ids)
+    values = recalls(asked, np.concatenate(found) if found else np.empty((0, NEIGHBOURS), np.int64))
     taken = []
     for query in asked.queries[:TIMED_QUERIES]:
         started = time.perf_counter()
