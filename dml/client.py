@@ -121,6 +121,56 @@ class Collection:
 
 
 @dataclass(frozen=True)
+class BatchItem:
+    """One item of `put_items`: exactly one of image and vector."""
+
+    id: str
+    image: Picture | None = None
+    vector: ArrayLike | None = None
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What became of many items."""
+
+    written: tuple[Written, ...]
+    failed: Mapping[str, Problem]  # by id
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that the service does by itself."""
+
+    id: str
+    kind: str  # "rebuild", "upsert", "duplicates"
+    collection: str
+    state: str  # "queued", "running", "succeeded", "failed", "cancelled"
+    progress: float | None  # 0 to 1
+    message: str
+    created: str  # ISO 8601, UTC
+    started: str | None = None
+    ended: str | None = None
+    result: Mapping[str, Any] | None = None
+    problem: Mapping[str, Any] | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.state not in ("queued", "running")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a user said of a hit."""
+
+    query_id: str
+    id: str
+    relevant: bool
+    key: str | None  # the name of the API key that it came with
+    at: str  # ISO 8601, UTC
+
+
+@dataclass(frozen=True)
 class Model:
     """An encoder that answers at the service."""
 
@@ -289,25 +339,59 @@ class Client:
         image: Picture | None = None,
         vector: ArrayLike | None = None,
         payload: Mapping[str, Any] | None = None,
+        if_sequence: int | None = None,
+        only_new: bool = False,
+        once: str | None = None,
     ) -> Written:
-        """Add an item, or replace the one of this id: by its picture, which is stored, or by a vector."""
+        """Add an item, or replace the one of this id: by its picture, which is stored, or by a vector.
+
+        Args:
+            if_sequence: only when the item was last written by this change (`Item.sequence`).
+            only_new: only when there is no item of this id.
+            once: an Idempotency-Key of your choice: sent again with it, the write is not done twice.
+        """
         if (image is None) == (vector is None):
             raise UsageError(f'The item "{id}" needs either an image or a vector, and not both.')
         place, payload = self._place(collection, id), dict(payload or {})
+        headers = conditions(if_sequence, once, only_new=only_new)
         if image is not None:
             files = {"file": ("image", read(image), "application/octet-stream")}
-            found = self._json("PUT", place, files=files, data={"payload": json.dumps(payload)})
+            data = {"payload": json.dumps(payload)}
+            found = self._json("PUT", place, files=files, data=data, headers=headers)
         else:
             assert vector is not None
-            found = self._json("PUT", place, json={"vector": numbers(vector), "payload": payload})
+            body = {"vector": numbers(vector), "payload": payload}
+            found = self._json("PUT", place, json=body, headers=headers)
         return Written(**found)
 
-    def update_payload(self, collection: str, id: str, changes: Mapping[str, Any]) -> Item:
-        """Merge into the payload; a value of None removes its key."""
-        return item(self._json("PATCH", self._place(collection, id), json={"payload": dict(changes)}))
+    def put_items(self, collection: str, items: Sequence[BatchItem], *, once: str | None = None) -> Batch:
+        """Add or replace many items, and wait until it is done. One that is wrong does not stop the others.
 
-    def delete_item(self, collection: str, id: str) -> None:
-        self._send("DELETE", self._place(collection, id))
+        Args:
+            once: as in `put_item`.
+        """
+        found = self._json("POST", f"{self._place(collection)}/items", **batch(items, once, wait=True))
+        return batch_answer(found["results"])
+
+    def put_items_later(self, collection: str, items: Sequence[BatchItem], *, once: str | None = None) -> Job:
+        """As `put_items`, as a job that nobody waits for; see `wait_for`."""
+        return Job(**self._json("POST", f"{self._place(collection)}/items", **batch(items, once, wait=False)))
+
+    def update_payload(
+        self,
+        collection: str,
+        id: str,
+        changes: Mapping[str, Any],
+        *,
+        if_sequence: int | None = None,
+        once: str | None = None,
+    ) -> Item:
+        """Merge into the payload; a value of None removes its key. `if_sequence`, `once`: see `put_item`."""
+        headers, body = conditions(if_sequence, once), {"payload": dict(changes)}
+        return item(self._json("PATCH", self._place(collection, id), json=body, headers=headers))
+
+    def delete_item(self, collection: str, id: str, *, if_sequence: int | None = None) -> None:
+        self._send("DELETE", self._place(collection, id), headers=conditions(if_sequence, None))
 
     def delete_items(self, collection: str, ids: Sequence[str]) -> int:
         """Forget several; how many were there."""
@@ -349,6 +433,114 @@ class Client:
     def image(self, collection: str, id: str, *, size: Literal["thumb", "full"] = "full") -> bytes:
         """The picture of an item: as it was given, or small."""
         return self._send("GET", f"{self._place(collection, id)}/image", params={"size": size}).content
+
+    # Jobs
+
+    def rebuild(
+        self,
+        collection: str,
+        *,
+        kind: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        target_recall: float | None = None,
+        memory_budget: int | None = None,
+        latency_budget: float | None = None,
+    ) -> Job:
+        """Have the index built anew: of a kind, of one that keeps a promised recall@10, or as before."""
+        wishes = {
+            "kind": kind,
+            "options": None if options is None else dict(options),
+            "target_recall": target_recall,
+            "memory_budget": memory_budget,
+            "latency_budget": latency_budget,
+        }
+        body = {name: value for name, value in wishes.items() if value is not None}
+        return Job(**self._json("POST", f"{self._place(collection)}/rebuild", json=body))
+
+    def duplicates(
+        self,
+        collection: str,
+        *,
+        level: Literal["file", "similar"] = "file",
+        score_threshold: float = 0.95,
+        limit: int = 1000,
+    ) -> Job:
+        """Look for items with the same file, or with nearly the same vector; the result names their ids."""
+        body = {"level": level, "limit": limit, "score_threshold": score_threshold}
+        return Job(**self._json("POST", f"{self._place(collection)}/duplicates", json=body))
+
+    def jobs(self, *, limit: int = 100) -> list[Job]:
+        """The newest jobs, newest first."""
+        return [Job(**entry) for entry in self._json("GET", "/v1/jobs", params={"limit": limit})["items"]]
+
+    def job(self, id: str) -> Job:
+        return Job(**self._json("GET", f"/v1/jobs/{segment(id)}"))
+
+    def cancel(self, id: str) -> Job:
+        """Ask a job to stop as soon as it can."""
+        return Job(**self._json("DELETE", f"/v1/jobs/{segment(id)}"))
+
+    def wait_for(self, job: Job, *, seconds: float = 600.0) -> Job:
+        """Return when the job has ended. Raises Problem when it failed, ServiceError when it takes longer."""
+        end, pause = time.monotonic() + seconds, 0.02
+        while not job.over:
+            if time.monotonic() > end:
+                raise ServiceError(f"The job {job.id} is still {job.state} after {seconds:g} seconds.")
+            time.sleep(pause)
+            pause = min(2.0, 1.5 * pause)
+            job = self.job(job.id)
+        if job.problem is not None:
+            raise Problem(int(job.problem.get("status", 0)), job.problem)
+        return job
+
+    # Collections and aliases
+
+    def create_collection(
+        self,
+        name: str,
+        *,
+        model: str | None = None,
+        dim: int | None = None,
+        kind: str = "auto",
+        options: Mapping[str, Any] | None = None,
+    ) -> Collection:
+        """Have an empty collection of this name; one with the same settings stays as it is.
+
+        Args:
+            model: fingerprint of an encoder of the service, or its beginning; None: the only one.
+            dim: for vectors that are made elsewhere; `model` is any text then.
+            kind, options: of the index.
+        """
+        body: dict[str, Any] = {"index": {"kind": kind, "options": dict(options or {})}}
+        body |= {k: v for k, v in (("model", model), ("dim", dim)) if v is not None}
+        return collection_answer(self._json("PUT", self._place(name), json=body))
+
+    def delete_collection(self, name: str) -> None:
+        """Delete a collection with all that is in it."""
+        self._send("DELETE", self._place(name))
+
+    def aliases(self) -> dict[str, str]:
+        """alias -> collection."""
+        return {entry["alias"]: entry["collection"] for entry in self._json("GET", "/v1/aliases")["items"]}
+
+    def set_alias(self, alias: str, collection: str) -> None:
+        """Have an alias stand for a collection, from one request to the next."""
+        self._json("PUT", f"/v1/aliases/{segment(alias)}", json={"collection": collection})
+
+    def delete_alias(self, alias: str) -> None:
+        self._send("DELETE", f"/v1/aliases/{segment(alias)}")
+
+    # Feedback
+
+    def send_feedback(self, collection: str, query_id: str, id: str, *, relevant: bool) -> None:
+        """Say whether a hit was what was looked for."""
+        body = {"query_id": query_id, "id": id, "relevant": relevant}
+        self._json("POST", f"{self._place(collection)}/feedback", json=body)
+
+    def feedback(self, collection: str) -> list[Judgement]:
+        """All that was said of hits of a collection, oldest first."""
+        text = self._send("GET", f"{self._place(collection)}/feedback").text
+        return [Judgement(**json.loads(line)) for line in text.splitlines() if line]
 
     # What there is
 
@@ -452,6 +644,41 @@ def numbers(vector: ArrayLike) -> list[float]:
             f"A vector is a flat row of finite numbers; got shape {row.shape}, or NaN or infinity in it."
         )
     return row.tolist()
+
+
+def conditions(if_sequence: int | None, once: str | None, *, only_new: bool = False) -> dict[str, str]:
+    """The headers that say when a write is to be done."""
+    headers = {} if if_sequence is None else {"If-Match": f'"{if_sequence}"'}
+    if only_new:
+        headers["If-None-Match"] = "*"
+    return headers if once is None else {**headers, "Idempotency-Key": once}
+
+
+def batch(items: Sequence[BatchItem], once: str | None, *, wait: bool) -> dict[str, Any]:
+    """The request for many items: JSON, or multipart when all are pictures. Raises UsageError."""
+    entries: list[dict[str, Any]] = [{"id": entry.id, "payload": dict(entry.payload)} for entry in items]
+    images: list[bytes] = []
+    for shown, entry in zip(entries, items, strict=True):
+        if (entry.image is None) == (entry.vector is None):
+            raise UsageError(f'The item "{entry.id}" needs either an image or a vector, and not both.')
+        if entry.vector is not None:
+            shown["vector"] = numbers(entry.vector)
+        elif entry.image is not None:
+            images.append(read(entry.image))
+    headers, body = conditions(None, once), {"items": entries, "wait": wait}
+    if len(images) == len(items) > 0:
+        files = [("file", ("image", data, "application/octet-stream")) for data in images]
+        return {"files": files, "data": {"items": json.dumps(body)}, "headers": headers}
+    left = iter(images)
+    for shown in entries:
+        if "vector" not in shown:
+            shown["image"] = base64.b64encode(next(left)).decode()
+    return {"json": body, "headers": headers}
+
+
+def batch_answer(results: Sequence[Mapping[str, Any]]) -> Batch:
+    failed = {r["id"]: Problem(int(r["problem"]["status"]), r["problem"]) for r in results if "problem" in r}
+    return Batch(tuple(Written(**r) for r in results if "problem" not in r), failed)
 
 
 def search_answer(found: Mapping[str, Any]) -> SearchAnswer:

@@ -4,8 +4,13 @@
 """
 
 import asyncio
+import hashlib
+import shutil
+import tempfile
+import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -16,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from dml import __version__
-from dml.errors import DmlError
+from dml.errors import DmlError, UnknownCollection
 from service import problems, schemas
 from service.auth import NEEDED, Gate, authorize
 from service.batching import WorkerPool
@@ -24,6 +29,7 @@ from service.engine import Engine
 from service.keys import Keys, Scope
 from service.metrics import Metrics
 from service.middleware import Envelope
+from service.remembered import Remembered
 from service.routes import ROUTERS
 from service.settings import Settings
 
@@ -37,6 +43,7 @@ def create_app(
     settings: Settings | None = None,
     *,
     keys: Keys | None = None,
+    state: Path | None = None,
     on_ready: Callable[[Engine], None] = lambda engine: None,
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
@@ -47,12 +54,16 @@ def create_app(
             answered 503 "not-ready".
         settings: limits and switches; left out, an engine's own, else the defaults.
         keys: the API keys. None: everybody who reaches the service may do everything.
+        state: folder for what is to outlive the service: jobs, answers to repeated writes, aliases,
+            feedback. None: a folder for the time of this app.
         on_ready: called once the engine is there.
         on_failure: called when it cannot be made; without it, the service stays up and not ready.
     """
     ready = engine if isinstance(engine, Engine) else None
     make = None if isinstance(engine, Engine) else engine
     settings = settings or (ready.settings if ready else Settings())
+    passing = Path(tempfile.gettempdir()) / f"dml-state-{uuid.uuid4().hex}" if state is None else None
+    memory = Remembered(passing or state or Path())
     pool = WorkerPool(settings.workers, settings.queue, deadline_seconds=settings.deadline_seconds)
 
     @asynccontextmanager
@@ -61,6 +72,9 @@ def create_app(
         yield
         await asyncio.shield(loading)  # a half-loaded engine cannot be closed; loading ends by itself
         pool.close()
+        memory.close()
+        if passing is not None:
+            shutil.rmtree(passing, ignore_errors=True)
         if app.state.engine is not None and make is not None:  # an engine that was given belongs to the giver
             app.state.engine.close()
 
@@ -73,6 +87,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.engine, app.state.settings, app.state.pool = None, settings, pool
+    app.state.memory = memory
     app.state.metrics = metrics = Metrics(sizes=lambda: _sizes(app), pending=lambda: pool.taken)
     app.state.methods = methods
     app.state.gate = Gate(
@@ -120,12 +135,28 @@ def _adopt(app: FastAPI, engine: Engine) -> None:
     metrics: Metrics = app.state.metrics
     engine.observers.stage = lambda stage, seconds: metrics.stages.labels(stage).observe(seconds)
     engine.observers.batch = metrics.batches.observe
+    memory: Remembered = app.state.memory
+    memory.repeats.service = service_of(engine)
+    engine.alias_of = lambda: memory.aliases.current(engine.places())
+    if not engine.settings.read_only:
+        memory.jobs.mark_interrupted(engine.places())
     app.state.engine = engine
+
+
+def service_of(engine: Engine) -> str:
+    """What a service serves, as one text: the same after a restart with the same collections."""
+    served = [str(engine.folder.path.resolve())] if engine.folder else sorted(engine.places())
+    return hashlib.sha256("\n".join(served).encode()).hexdigest()[:32]
 
 
 def _sizes(app: FastAPI) -> dict[str, int]:
     engine: Engine | None = app.state.engine
-    return {} if engine is None else {name: engine.count(name) for name in engine.names()}
+    sizes: dict[str, int] = {}
+    if engine is not None:
+        for name in engine.names():
+            with suppress(UnknownCollection):  # deleted this moment
+                sizes[name] = engine.count(name)
+    return sizes
 
 
 PROBLEM_RESPONSE: dict[int | str, dict[str, Any]] = {

@@ -53,7 +53,21 @@ NEEDED: Mapping[tuple[str, str], Scope | None] = {
     ("PUT", _ITEM): Scope.WRITE,
     ("PATCH", _ITEM): Scope.WRITE,
     ("DELETE", _ITEM): Scope.WRITE,
+    ("POST", "/v1/collections/{collection}/items"): Scope.WRITE,
     ("POST", "/v1/collections/{collection}/items/delete"): Scope.WRITE,
+    ("POST", "/v1/collections/{collection}/duplicates"): Scope.WRITE,
+    ("POST", "/v1/collections/{collection}/feedback"): Scope.SEARCH,
+    ("GET", "/v1/collections/{collection}/feedback"): Scope.ADMIN,
+    ("POST", "/v1/collections/{collection}/rebuild"): Scope.ADMIN,
+    ("PUT", "/v1/collections/{collection}"): Scope.ADMIN,
+    ("DELETE", "/v1/collections/{collection}"): Scope.ADMIN,
+    ("GET", "/v1/aliases"): Scope.SEARCH,
+    ("GET", "/v1/aliases/{alias}"): Scope.SEARCH,
+    ("PUT", "/v1/aliases/{alias}"): Scope.ADMIN,
+    ("DELETE", "/v1/aliases/{alias}"): Scope.ADMIN,
+    ("GET", "/v1/jobs"): Scope.SEARCH,
+    ("GET", "/v1/jobs/{job}"): Scope.SEARCH,
+    ("DELETE", "/v1/jobs/{job}"): Scope.WRITE,
 }
 """(method, route) -> the scope that it needs. A route that is missing here needs an admin key."""
 

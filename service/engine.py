@@ -5,9 +5,12 @@
 >>> [(hit.id, hit.score) for hit in answer.hits]                                              # doctest: +SKIP
 """
 
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +22,7 @@ from PIL.Image import Image
 from dml.collection.base import Collection, CollectionInfo, FilterLike, Hit, Item, NewItem, Payload
 from dml.collection.examples import query_vector, unit
 from dml.errors import (
+    DmlError,
     ImageNotKept,
     InvalidImage,
     NotAvailable,
@@ -27,13 +31,18 @@ from dml.errors import (
     UnknownItem,
     UnsupportedImage,
     UsageError,
+    VectorError,
 )
 from dml.imaging import probe
 from service.batching import Batcher, Budget
+from service.folders import Folder
+from service.memory import ConditionFailed, Conflict
 from service.pictures import media_type
 from service.settings import Settings
 
 Vector = NDArray[np.float32]
+BATCH = 64
+"""Items of a batch that are embedded and written together."""
 SIZES_KEPT = 100_000
 """Pictures whose size is remembered, so that a cached thumbnail costs no second reading."""
 
@@ -133,6 +142,40 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """What an item has to be for a write to be done (If-Match, If-None-Match)."""
+
+    sequences: tuple[int, ...] = ()
+    """It was last written by one of these changes."""
+    there: bool | None = None
+    """It is there, or is not; None: either."""
+
+    def check(self, id: str, item: Item | None) -> None:
+        """Raises ConditionFailed."""
+        if self.there is False and item is not None:
+            raise ConditionFailed(
+                f'The item "{id}" is there already, written by change {item.sequence}; it was left as it is.'
+            )
+        if item is None and (self.there or self.sequences):
+            raise ConditionFailed(f'The item "{id}" is not there (any more), so nothing was changed.')
+        if item is not None and self.sequences and item.sequence not in self.sequences:
+            raise ConditionFailed(
+                f'The item "{id}" was changed meanwhile, by change {item.sequence}, so this change was not '
+                f"made. Read the item again, then decide."
+            )
+
+
+@dataclass(frozen=True)
+class Upsert:
+    """One item of a batch: a picture or a vector, and what is known about it."""
+
+    id: str
+    image: bytes | None = None
+    vector: Sequence[float] | Vector | None = None
+    payload: Payload = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Model:
     """An encoder that answers here."""
 
@@ -159,6 +202,7 @@ class Engine:
         encoders: the encoders for pictures; a collection whose encoder is not among them answers searches by
             id and by vector only.
         settings: limits.
+        folder: where collections may be made and deleted; None: nowhere.
     """
 
     def __init__(
@@ -167,11 +211,19 @@ class Engine:
         encoders: Iterable[ImageEncoder] = (),
         *,
         settings: Settings | None = None,
+        folder: Folder | None = None,
     ) -> None:
         self.settings = settings or Settings()
         self.observers = Observers()
         self.decoding = Budget(self.settings.max_pixels_in_flight)
-        self._collections = dict(collections)
+        self.folder = folder
+        self.alias_of: Callable[[], Mapping[str, str]] = dict
+        """alias -> collection; whoever keeps aliases puts its own here."""
+        self._collections = dict(collections)  # never changed, but replaced: readers need no lock
+        self._changing = threading.Lock()
+        self._idle = threading.Condition()
+        self._users: Counter[str] = Counter()
+        self._turns: dict[str, threading.RLock] = {}
         self._sizes: dict[str, int] = {}
         self._encoders = {encoder.fingerprint: encoder for encoder in encoders}
         self._batchers = {
@@ -185,47 +237,31 @@ class Engine:
 
     @classmethod
     def open(
-        cls, paths: Sequence[Path], *, runtime: str = "auto", settings: Settings | None = None
+        cls,
+        paths: Sequence[Path],
+        *,
+        runtime: str = "auto",
+        settings: Settings | None = None,
+        data: Path | None = None,
+        encoders: Sequence[Path] = (),
     ) -> "Engine":
         """Open collection folders, each with the encoder that it carries, and embed once to warm up.
+
+        Args:
+            data: a folder: the collections in it are opened too, and others can be made there.
+            encoders: encoder folders for collections that are to be made, besides those of collections.
 
         Raises:
             CollectionError, EncoderError: a folder that is not a collection, or does not fit its encoder.
             UsageError: two collections of one name.
         """
-        from dml.collection import open_collection
-        from dml.collection.encoding import check_profile, load_encoder_of
-        from dml.collection.place import recover
-        from dml.encoder import Encoder
+        from service.folders import open_all
 
         settings = settings or Settings()
-        collections: dict[str, Collection] = {}
-        encoders: dict[str, Encoder] = {}
-        try:
-            for path in paths:
-                recover(
-                    path
-                )  # a collection that a killed build left half replaced, before its encoder is read
-                folder = path / "encoder"
-                encoder = load_encoder_of(path, runtime=runtime) if folder.is_dir() else None
-                collection = open_collection(
-                    path, read_only=settings.read_only, fingerprint=encoder.fingerprint if encoder else None
-                )
-                if collection.name in collections:
-                    collection.close()
-                    raise UsageError(
-                        f'Two collections are called "{collection.name}", the second in {path}. '
-                        f"Call one by another name (`dml index rename`), or serve them on two ports."
-                    )
-                collections[collection.name] = collection
-                if encoder is not None:
-                    # One encoder serves all collections of its fingerprint.
-                    check_profile(collection, encoders.setdefault(encoder.fingerprint, encoder))
-        except BaseException:
-            for collection in collections.values():
-                collection.close()
-            raise
-        engine = cls(collections, encoders.values(), settings=settings)
+        folder = None if data is None else Folder(data)
+        found = [] if folder is None else folder.collections(tidy=not settings.read_only)
+        collections, known = open_all([*paths, *found], encoders, runtime=runtime, settings=settings)
+        engine = cls(collections, known.values(), settings=settings, folder=folder)
         try:
             engine.warm_up()
         except BaseException:
@@ -256,20 +292,55 @@ class Engine:
         """The collections, sorted."""
         return sorted(self._collections)
 
+    def resolve(self, name: str) -> str:
+        """The collection that a name or alias stands for. Raises UnknownCollection, naming what there is."""
+        if name in self._collections:
+            return name
+        meant = self.alias_of().get(name)
+        if meant in self._collections:
+            return meant
+        raise UnknownCollection(
+            f'There is no collection "{name}" here. There is: {", ".join(self.names()) or "none"}.'
+        )
+
     def collection(self, name: str) -> Collection:
-        """The collection of this name. Raises UnknownCollection, naming those there are."""
-        if name not in self._collections:
-            raise UnknownCollection(
-                f'There is no collection "{name}" here. There is: {", ".join(self.names()) or "none"}.'
-            )
-        return self._collections[name]
+        """The collection of this name or alias. Raises UnknownCollection, naming those there are.
+
+        It may be deleted and closed at any moment; `using` keeps it open.
+        """
+        return self._collections[self.resolve(name)]
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Collection]:
+        """The collection, which nobody closes while the block lasts. Raises UnknownCollection."""
+        with self._idle:
+            name = self.resolve(name)
+            collection = self._collections[name]
+            self._users[name] += 1
+        try:
+            yield collection
+        finally:
+            with self._idle:
+                self._users[name] -= 1
+                self._idle.notify_all()
+
+    def places(self) -> dict[str, str]:
+        """folder -> name, of all collections; what is remembered of a collection is kept under its folder."""
+        return {place_of(collection, name): name for name, collection in self._collections.items()}
+
+    def place(self, name: str) -> str:
+        """The folder of a collection. Raises UnknownCollection."""
+        name = self.resolve(name)
+        return place_of(self._collections[name], name)
 
     def info(self, name: str) -> CollectionInfo:
-        return self.collection(name).info()
+        with self.using(name) as collection:
+            return collection.info()
 
     def count(self, name: str, filter: FilterLike | None = None) -> int:
         """How many items pass a filter. Raises UnknownCollection, FilterInvalid."""
-        return self.collection(name).count(filter)
+        with self.using(name) as collection:
+            return collection.count(filter)
 
     def models(self) -> list[Model]:
         """The encoders that answer here, with the collections that they serve."""
@@ -335,15 +406,19 @@ class Engine:
             raise
 
     def _embed_for(self, collection: Collection, image: bytes) -> Vector:
+        self._check_encoder(collection)
+        started = time.perf_counter()
+        vector = self.embed([image], model=collection.fingerprint)[1][0]
+        self.observers.stage("embed", time.perf_counter() - started)
+        return vector
+
+    def _check_encoder(self, collection: Collection) -> None:
+        """Raises NotAvailable."""
         if collection.fingerprint not in self._encoders:
             raise NotAvailable(
                 f'The collection "{collection.name}" was served without its encoder '
                 f"({collection.fingerprint[:12]}), so it takes ids and vectors, but no pictures."
             )
-        started = time.perf_counter()
-        vector = self.embed([image], model=collection.fingerprint)[1][0]
-        self.observers.stage("embed", time.perf_counter() - started)
-        return vector
 
     # Search
 
@@ -354,7 +429,10 @@ class Engine:
             UnknownCollection, UnknownItem, InvalidImage, VectorError, DimensionMismatch, NotAvailable
             FilterInvalid, CursorInvalid, CursorExpired, UsageError
         """
-        collection = self.collection(name)
+        with self.using(name) as collection:
+            return self._search(collection, search)
+
+    def _search(self, collection: Collection, search: Search) -> Answer:
         started = time.perf_counter()
         vector = self._query_vector(collection, search.query)
         embedded = time.perf_counter()
@@ -378,7 +456,7 @@ class Engine:
         self.observers.stage("search", ended - embedded)
         return Answer(
             query_id=uuid.uuid4().hex,
-            collection=name,
+            collection=self._name_of(collection),
             generation=result.generation,
             model=collection.fingerprint,
             hits=result.hits,
@@ -391,6 +469,10 @@ class Engine:
             took_ms=1000 * (time.perf_counter() - started),
         )
 
+    def _name_of(self, collection: Collection) -> str:
+        """The name that it is served by."""
+        return next((n for n, c in self._collections.items() if c is collection), collection.name)
+
     def _query_vector(self, collection: Collection, query: Query) -> Vector:
         base = query.vector if query.image is None else self._embed_for(collection, query.image)
         named = [] if query.id is None else [query.id]
@@ -401,7 +483,8 @@ class Engine:
     # Items
 
     def get(self, name: str, id: str, *, with_vector: bool = False) -> Item:
-        return self.collection(name).get([id], with_vector=with_vector)[0]
+        with self.using(name) as collection:
+            return collection.get([id], with_vector=with_vector)[0]
 
     def put(
         self,
@@ -411,44 +494,129 @@ class Engine:
         image: bytes | None = None,
         vector: Sequence[float] | Vector | None = None,
         payload: Payload | None = None,
+        condition: Condition | None = None,
     ) -> Written:
         """Add an item, or replace the one of this id; a picture is stored with it.
 
+        Args:
+            condition: what the item has to be before; looked at and written in one step.
+
         Raises:
             UsageError: neither a picture nor a vector, or both.
+            ConditionFailed: nothing was written.
             ReadOnly, UnknownCollection, InvalidImage, VectorError, NotAvailable, StorageError
         """
-        collection = self._writable(name)
-        if (image is None) == (vector is None):
-            raise UsageError(f'The item "{id}" needs either a picture or a vector, and not both.')
-        if image is not None:
-            row = self._embed_for(collection, image)
-        else:
-            row = unit(vector, dim=collection.dim, where="the vector")  # type: ignore[arg-type]
-        [created] = collection.add([NewItem(id, row, dict(payload or {}), image=image)])
-        return Written(id, created, collection.get([id])[0].sequence)
+        with self._writing(name) as (collection, turn):
+            if (image is None) == (vector is None):
+                raise UsageError(f'The item "{id}" needs either a picture or a vector, and not both.')
+            row = self._row_of(collection, image, vector)
+            with turn:
+                check(collection, id, condition)
+                [created] = collection.add([NewItem(id, row, dict(payload or {}), image=image)])
+                return Written(id, created, collection.get([id])[0].sequence)
 
-    def update_payload(self, name: str, id: str, changes: Payload) -> Item:
+    def _row_of(self, collection: Collection, image: bytes | None, vector: Any) -> Vector:
+        if image is not None:
+            return self._embed_for(collection, image)
+        return unit(vector, dim=collection.dim, where="the vector")
+
+    def put_many(
+        self,
+        name: str,
+        items: Sequence[Upsert],
+        *,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> list[Written | DmlError]:
+        """Add or replace many items, in batches that are each written whole; in the order given.
+
+        Args:
+            done: told after each batch how many items were dealt with; may raise, to stop.
+
+        Returns:
+            For each item what was written, or why it could not be: a picture or vector that is not usable.
+
+        Raises:
+            ReadOnly, UnknownCollection, NotAvailable, StorageError: items of earlier batches stay.
+        """
+        results: list[Written | DmlError] = []
+        with self._writing(name) as (collection, turn):
+            for start in range(0, len(items), BATCH):
+                rows = self._rows_of(collection, items[start : start + BATCH])
+                results += self._write_rows(collection, turn, items[start : start + BATCH], rows)
+                done(len(results))
+        return results
+
+    def _rows_of(self, collection: Collection, items: Sequence[Upsert]) -> list[Vector | DmlError]:
+        """The vector of each item, or what is wrong with it. Raises NotAvailable: a picture, no encoder."""
+        rows: list[Vector | DmlError] = []
+        arrays: list[Vector] = []
+        places: list[int] = []
+        for item in items:
+            try:
+                if item.image is None:
+                    rows.append(unit(item.vector, dim=collection.dim, where="the vector"))  # type: ignore[arg-type]
+                    continue
+                self._check_encoder(collection)
+                arrays.append(self._prepare(collection.fingerprint, item.image))
+                places.append(len(rows))
+                rows.append(arrays[-1])
+            except (InvalidImage, VectorError) as error:
+                rows.append(error)
+        if arrays:
+            for place, row in zip(
+                places, self._batchers[collection.fingerprint](np.stack(arrays)), strict=True
+            ):
+                rows[place] = row
+        return rows
+
+    def _write_rows(
+        self,
+        collection: Collection,
+        turn: threading.RLock,
+        items: Sequence[Upsert],
+        rows: Sequence[Vector | DmlError],
+    ) -> list[Written | DmlError]:
+        good = [(item, row) for item, row in zip(items, rows, strict=True) if not isinstance(row, DmlError)]
+        new = [NewItem(item.id, row, dict(item.payload), image=item.image) for item, row in good]
+        with turn:
+            created = collection.add(new) if new else []
+            written = collection.get([item.id for item in new]) if new else []
+        answers = iter([Written(w.id, c, w.sequence) for w, c in zip(written, created, strict=True)])
+        return [row if isinstance(row, DmlError) else next(answers) for row in rows]
+
+    def update_payload(
+        self, name: str, id: str, changes: Payload, *, condition: Condition | None = None
+    ) -> Item:
         """Merge into the payload of an item; a value of None removes its key.
+
+        Args:
+            condition: what the item has to be before; looked at and written in one step.
 
         Raises:
             PayloadTooLarge: merged, it would outgrow `settings.max_payload_bytes`.
+            ConditionFailed: nothing was written.
             ReadOnly, UnknownCollection, UnknownItem, StorageError
         """
-        return self._writable(name).update_payload(id, changes, max_bytes=self.settings.max_payload_bytes)
+        with self._writing(name) as (collection, turn), turn:
+            check(collection, id, condition)
+            return collection.update_payload(id, changes, max_bytes=self.settings.max_payload_bytes)
 
-    def delete(self, name: str, id: str) -> None:
-        """Forget an item. Raises UnknownItem when it is not there."""
-        if not self._writable(name).delete([id]):
-            raise UnknownItem(f'There is no item "{id}" in the collection "{name}".')
+    def delete(self, name: str, id: str, *, condition: Condition | None = None) -> None:
+        """Forget an item. Raises UnknownItem when it is not there, ConditionFailed."""
+        with self._writing(name) as (collection, turn), turn:
+            check(collection, id, condition)
+            if not collection.delete([id]):
+                raise UnknownItem(f'There is no item "{id}" in the collection "{name}".')
 
     def delete_many(self, name: str, ids: Sequence[str]) -> int:
         """Forget these items; how many were there."""
-        return self._writable(name).delete(ids)
+        with self._writing(name) as (collection, turn), turn:
+            return collection.delete(ids)
 
     def delete_matching(self, name: str, filter: FilterLike) -> int:
         """Forget the items that pass a filter; how many there were. Raises FilterInvalid for an empty one."""
-        return self._writable(name).delete_matching(filter)
+        with self._writing(name) as (collection, turn), turn:
+            return collection.delete_matching(filter)
 
     def scroll(
         self,
@@ -459,11 +627,13 @@ class Engine:
         with_vector: bool = False,
         filter: FilterLike | None = None,
     ) -> tuple[list[Item], str | None]:
-        return self.collection(name).scroll(after=after, limit=limit, with_vector=with_vector, filter=filter)
+        with self.using(name) as collection:
+            return collection.scroll(after=after, limit=limit, with_vector=with_vector, filter=filter)
 
     def picture(self, name: str, id: str) -> bytes:
         """The picture as it was given. Raises UnknownItem, ImageNotKept."""
-        return self.collection(name).picture(id)
+        with self.using(name) as collection:
+            return collection.picture(id)
 
     def thumbnail(self, name: str, id: str) -> bytes:
         """A small upright JPEG without metadata. Raises as `picture`."""
@@ -473,8 +643,8 @@ class Engine:
                 self._sizes.clear()
             width, height = probe(self.picture(name, id))
             self._sizes[digest] = width * height
-        with self.decoding.take(self._sizes[digest]):
-            return self.collection(name).thumbnail(id, self.settings.thumbnail_pixels)
+        with self.decoding.take(self._sizes[digest]), self.using(name) as collection:
+            return collection.thumbnail(id, self.settings.thumbnail_pixels)
 
     def picture_digest(self, name: str, id: str) -> str:
         """The sha256 of the picture of an item, without reading it. Raises UnknownItem, ImageNotKept."""
@@ -483,10 +653,107 @@ class Engine:
             raise ImageNotKept(f'The item "{id}" of "{name}" has no picture: it was added as a vector.')
         return item.picture.sha256
 
-    def _writable(self, name: str) -> Collection:
-        collection = self.collection(name)
+    def check_writable(self, name: str) -> None:
+        """Raises ReadOnly, UnknownCollection."""
+        self.resolve(name)
         if self.settings.read_only:
             raise ReadOnly(
                 f'The collection "{name}" is served read-only. Start the service without --read-only.'
             )
-        return collection
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[tuple[Collection, threading.RLock]]:
+        """The collection, and the turn in which items are looked at and written in one step."""
+        self.check_writable(name)
+        with self.using(name) as collection:
+            yield collection, self._turns.setdefault(self._name_of(collection), threading.RLock())
+
+    # Whole collections
+
+    def create(self, name: str, *, model: str | None, dim: int | None, index: Mapping[str, Any]) -> bool:
+        """An empty collection of this name; False: there is one with the same settings.
+
+        Args:
+            model: fingerprint of an encoder that answers here, or its beginning; None: the only one. With
+                `dim`, any text that says what made the vectors.
+            dim: for vectors that are made elsewhere: their length.
+            index: {"kind", "options"}.
+
+        Raises:
+            Conflict: there is one with other settings, or an alias of this name.
+            NotAvailable: the service has no folder for collections, or no such encoder.
+            ReadOnly, ConfigError, StorageError
+        """
+        with self._changing:
+            folder = self._own_folder(name)
+            fingerprint = self._choose(model) if dim is None else model or "unknown"
+            dim = dim if dim is not None else self._encoders[fingerprint].dim
+            if name in self._collections:
+                folder.check_same(
+                    self._collections[name].info(), dim=dim, fingerprint=fingerprint, index=index
+                )
+                return False
+            if name in self.alias_of():
+                raise Conflict(f'"{name}" is an alias. Delete it first, or choose another name.')
+            made = folder.create(
+                name, dim=dim, fingerprint=fingerprint, index=index, encoder=self._encoders.get(fingerprint)
+            )
+            self._collections = {**self._collections, name: made}
+            return True
+
+    def remove(self, name: str, *, seconds: float = 10.0) -> str:
+        """Delete a collection with all that is in it, when the requests that use it have ended; its place.
+
+        Raises:
+            Conflict: an alias leads to it, it is not in the folder of this service, or requests still use it
+                after so many seconds.
+            UnknownCollection, NotAvailable, ReadOnly, StorageError
+        """
+        with self._changing:
+            folder = self._own_folder(name)
+            if name not in self._collections:  # an alias is not what it stands for
+                raise UnknownCollection(
+                    f'There is no collection "{name}" here. There is: {", ".join(self.names()) or "none"}.'
+                )
+            aliases = sorted(alias for alias, meant in self.alias_of().items() if meant == name)
+            if aliases:
+                raise Conflict(
+                    f'The alias "{aliases[0]}" leads to the collection "{name}". Switch or delete it first.'
+                )
+            collection, place = self._collections[name], self.place(name)
+            folder.check_within(name, place)
+            with self._idle:
+                self._collections = {n: c for n, c in self._collections.items() if n != name}
+                if not self._idle.wait_for(lambda: not self._users[name], timeout=seconds):
+                    self._collections = {**self._collections, name: collection}
+                    raise Conflict(f'Requests still use the collection "{name}". Try again in a moment.')
+                del self._users[name]
+            collection.close()
+            folder.remove(Path(place))
+            return place
+
+    def _own_folder(self, name: str) -> Folder:
+        if self.settings.read_only:
+            raise ReadOnly(f'"{name}" can be neither made nor deleted: this service is read-only.')
+        if self.folder is None:
+            raise NotAvailable(
+                "This service has no folder for collections, so it makes and deletes none. Start it with "
+                "dml serve --data FOLDER."
+            )
+        return self.folder
+
+
+def check(collection: Collection, id: str, condition: Condition | None) -> None:
+    """Compare an item with what it has to be. Raises ConditionFailed."""
+    if condition is not None:
+        try:
+            found = collection.get([id])[0]
+        except UnknownItem:
+            found = None
+        condition.check(id, found)
+
+
+def place_of(collection: Collection, name: str) -> str:
+    """Where a collection lies; what is kept in memory only goes by its name."""
+    path = getattr(collection, "path", None)
+    return f"memory:{name}" if path is None else str(Path(path).resolve())

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from dml import errors
 from dml.collection.base import PayloadTooLarge
+from service import memory
 from service.batching import DeadlineExceeded, QueueFull
 
 MEDIA_TYPE = "application/problem+json"
@@ -107,6 +108,16 @@ CATALOGUE: dict[str, Kind] = {
             "Use the encoder whose fingerprint the collection names, or build the collection again.",
         ),
         Kind(
+            "unknown-job", 404, "No such job",
+            "There is no job of this id; jobs are forgotten 30 days after they ended.",
+            "GET /v1/jobs lists the newest. To know how a write ended, look at the collection itself.",
+        ),
+        Kind(
+            "unknown-alias", 404, "No such alias",
+            "The service knows no alias of this name for any of its collections.",
+            "GET /v1/aliases lists those there are.",
+        ),
+        Kind(
             "conflict", 409, "The request does not fit the present state",
             "What was asked contradicts what is there.",
             "Read the present state again, then decide.",
@@ -115,6 +126,12 @@ CATALOGUE: dict[str, Kind] = {
             "cursor-expired", 410, "The cursor is no longer valid",
             "The state of the collection that its pages come from is not kept any more: it is for minutes.",
             'Start again: with the cursor "*", or without one.',
+        ),
+        Kind(
+            "precondition-failed", 412, "The item is not as the request says",
+            "The request said by If-Match or If-None-Match what the item has to be, and it is something else:"
+            " it was changed, deleted or added meanwhile. Nothing was written.",
+            "Read the item again (its ETag is its state), decide anew, and send that.",
         ),
         Kind(
             "body-too-large", 413, "The body is too large",
@@ -175,6 +192,12 @@ CATALOGUE: dict[str, Kind] = {
             "Send next_cursor exactly as it came, with the same search; or start again.",
         ),
         Kind(
+            "idempotency-conflict", 422, "The Idempotency-Key belongs to another request",
+            "A write with this key was answered within the last 24 hours, and it was another one: another"
+            " address, body or condition.",
+            "Use a new key for each write; the same one only to send the same write again.",
+        ),
+        Kind(
             "not-available", 422, "Known, but not available here",
             "The request is understood; this version, or this collection, does not have what it asks for.",
             "'missing' names it. Leave it out, or use a collection that has it.",
@@ -223,6 +246,12 @@ CATALOGUE: dict[str, Kind] = {
             retry_after=5,
         ),
         Kind(
+            "interrupted", 503, "The service ended before the job did",
+            "The job ran when its service was stopped or died. Nothing that was acknowledged is lost; what"
+            " the job was to bring about is not done, or not all of it.",
+            "Ask for it again; the detail says what is there already.", retry_after=1,
+        ),
+        Kind(
             "deadline", 504, "No answer in time",
             "The request took longer than a request may take here.",
             "Try again; if it stays so, ask for less at once.", retry_after=1,
@@ -256,6 +285,11 @@ KIND_OF: dict[type[errors.DmlError], str] = {
     errors.ReadOnly: "read-only",
     errors.NotAvailable: "not-available",
     errors.StorageError: "storage",
+    memory.Conflict: "conflict",
+    memory.IdempotencyConflict: "idempotency-conflict",
+    memory.UnknownJob: "unknown-job",
+    memory.UnknownAlias: "unknown-alias",
+    memory.ConditionFailed: "precondition-failed",
     QueueFull: "queue-full",
     DeadlineExceeded: "deadline",
 }

@@ -41,6 +41,8 @@ def serve(
     insecure: bool = False,
     state: Path | None = None,
     proxies: Sequence[str] = (),
+    data: Path | None = None,
+    encoders: Sequence[Path] = (),
     settings: Settings | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -51,7 +53,9 @@ def serve(
         host, port: where to listen; port 0 takes a free one.
         runtime: "auto", "onnx" or "torch".
         insecure: allow an address that other machines reach, although there are no keys.
-        state: folder with the API keys; left out, the user's.
+        state: folder with the API keys and what else is to outlive the service; left out, the user's.
+        data: folder whose collections are served too, and where others may be made and deleted.
+        encoders: encoder folders for collections that are to be made there.
         proxies: addresses of reverse proxies, whose word on where a request came from is taken. This
             machine's own addresses always are such.
         announce: told one line when the service is ready.
@@ -66,7 +70,7 @@ def serve(
     settings = replace(settings, allow_hosts=hosts_of(host, settings.allow_hosts))
     keys = Keys(state or default_folder())
     check_address(host, insecure=insecure, keys=keys)
-    check_paths(paths)
+    check_paths(paths, data)
     configure_logs(settings)
     quiet_decoders()
     give_back_large_blocks()
@@ -79,9 +83,10 @@ def serve(
     with bind(host, port) as listening:
         address = address_of(listening)
         app = create_app(
-            lambda: Engine.open(paths, runtime=runtime, settings=settings),
+            lambda: Engine.open(paths, runtime=runtime, settings=settings, data=data, encoders=encoders),
             settings,
             keys=keys,
+            state=state or default_folder(),
             on_ready=lambda engine: announce(greeting(engine, address, keys_needed=keys.any())),
             on_failure=fail,
         )
@@ -178,10 +183,13 @@ def hosts_of(host: str, allowed: Sequence[str]) -> tuple[str, ...]:
     return (*allowed, *(() if bare in ("", "0.0.0.0", "::") else (bare,)))
 
 
-def check_paths(paths: Sequence[Path]) -> None:
+def check_paths(paths: Sequence[Path], data: Path | None = None) -> None:
     """Fail before binding when a folder is not there. Raises UsageError, UnknownCollection."""
-    if not paths:
-        raise UsageError("Name at least one collection folder to serve. `dml index build` makes one.")
+    if not paths and data is None:
+        raise UsageError(
+            "Name at least one collection folder to serve (`dml index build` makes one), or a folder for "
+            "collections with --data."
+        )
     for path in paths:
         if not path.is_dir():
             raise UnknownCollection(f"There is no collection folder {path}. `dml index build` makes one.")
@@ -212,7 +220,7 @@ def greeting(engine: Engine, address: str, *, keys_needed: bool = False) -> str:
     """The one line that says where, and what."""
     shown = [f"{name} ({engine.count(name):,} items)" for name in engine.names()]
     asks = "asks for an API key; " if keys_needed else ""
-    return f"Serving {', '.join(shown)} at {address} ({asks}Ctrl-C stops)"
+    return f"Serving {', '.join(shown) or 'no collections yet'} at {address} ({asks}Ctrl-C stops)"
 
 
 def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:

@@ -104,6 +104,91 @@ class ItemRequest(Request):
     payload: dict[str, Any] = {}
 
 
+class BatchItem(Request):
+    """One item of a batch: exactly one of image and vector, or its file beside it in a multipart body."""
+
+    id: ItemId
+    image: str | None = Field(default=None, description="A picture file in base64; it is stored")
+    vector: Numbers | None = None
+    payload: dict[str, Any] = {}
+
+
+class ItemsRequest(Request):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"items": [{"id": "new/1", "vector": [0.1, 0.9], "payload": {"label": "boot"}}]}]
+        }
+    )
+    items: Annotated[list[BatchItem], Field(min_length=1, max_length=10_000)]
+    wait: bool = Field(default=True, description="false: answered 202 at once, and done as a job")
+
+
+class IndexSettings(Request):
+    kind: str = Field(default="auto", max_length=64, description="auto, flat, hnsw, ivf, …")
+    options: dict[str, Any] = Field(default={}, description="Of that kind")
+    target_recall: float | None = Field(default=None, description="recall@10; only for a rebuild")
+    memory_budget: int | None = Field(default=None, description="Bytes; only for a rebuild")
+
+
+class CollectionRequest(Request):
+    """A collection that is to be there."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(), json_schema_extra={"examples": [{"index": {"kind": "hnsw"}}]}
+    )
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=128,
+        description="Fingerprint of an encoder, or its beginning; needed among several. With dim: any text",
+    )
+    dim: int | None = Field(default=None, ge=1, le=65_536, description="For vectors that are made elsewhere")
+    metric: Literal["cosine"] = "cosine"
+    index: IndexSettings = IndexSettings()
+
+
+class RebuildRequest(Request):
+    """A kind of index, or a promise; neither: as before."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"target_recall": 0.98}, {"kind": "hnsw"}]})
+    kind: str | None = Field(default=None, max_length=64, description="auto, flat, hnsw, ivf, …")
+    options: dict[str, Any] | None = Field(default=None, description="Of that kind")
+    target_recall: float | None = Field(default=None, gt=0, le=1, description="recall@10")
+    memory_budget: int | None = Field(default=None, gt=0, description="Bytes; with target_recall")
+    latency_budget: float | None = Field(
+        default=None, gt=0, description="Seconds of one query; with target_recall"
+    )
+
+    @model_validator(mode="after")
+    def fits(self) -> "RebuildRequest":
+        if self.target_recall is not None and (self.kind is not None or self.options is not None):
+            raise ValueError("target_recall chooses the kind of index itself; leave out kind and options")
+        if self.target_recall is None and (self.memory_budget or self.latency_budget) is not None:
+            raise ValueError("memory_budget and latency_budget need a target_recall")
+        return self
+
+
+class DuplicatesRequest(Request):
+    level: Literal["file", "edited", "similar"] = Field(
+        default="file", description="file: the same bytes; similar: vectors nearer than the threshold"
+    )
+    limit: int = Field(default=1000, ge=1, le=10_000, description="Groups or pairs that are listed")
+    score_threshold: float = Field(default=0.95, ge=-1, le=1, description="For the level similar")
+
+
+class AliasRequest(Request):
+    collection: str = Field(min_length=1, max_length=255)
+
+
+class FeedbackRequest(Request):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"query_id": "3f0c", "id": "boots/12.jpg", "relevant": True}]}
+    )
+    query_id: str = Field(min_length=1, max_length=128, description="Of the search answer")
+    id: ItemId
+    relevant: bool
+
+
 class PayloadRequest(Request):
     payload: dict[str, Any] = Field(description="Merged into the item's; null removes a key")
 
@@ -239,6 +324,55 @@ class WrittenAnswer(BaseModel):
     generation: int
 
 
+class FailedItem(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    problem: "ProblemAnswer"
+
+
+class UpsertAnswer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    results: list["WrittenAnswer | FailedItem"] = Field(description="One for each item, in the order sent")
+    written: int
+    failed: int
+
+
+class JobAnswer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    kind: str
+    collection: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    progress: float | None = Field(description="The share that is done, 0 to 1; null: not known")
+    message: str
+    created: str
+    started: str | None
+    ended: str | None
+    result: dict[str, Any] | None
+    problem: "ProblemAnswer | None"
+
+
+class JobsAnswer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    items: list[JobAnswer]
+
+
+class AliasAnswer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    alias: str
+    collection: str
+
+
+class AliasesAnswer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    items: list[AliasAnswer]
+
+
+class FeedbackAnswer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    stored: Literal[True]
+
+
 class DeletedAnswer(BaseModel):
     model_config = ConfigDict(extra="forbid")
     deleted: int
@@ -286,4 +420,5 @@ class ProblemAnswer(BaseModel):
     missing: str | None = None
 
 
-BatchAnswer.model_rebuild()
+for _model in (BatchAnswer, FailedItem, UpsertAnswer, JobAnswer, JobsAnswer):
+    _model.model_rebuild()

@@ -41,6 +41,8 @@ class Settings:
     """Searches in one batch request."""
     max_images: int = 32
     """Pictures in one embeddings request."""
+    max_items: int = 1000
+    """Items in one batch that is written."""
     max_ids: int = 1000
     """Ids in one delete request, and examples (positive or negative) in one query."""
     max_payload_bytes: int = 64 * 1024

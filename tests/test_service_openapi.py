@@ -55,6 +55,8 @@ def schema():
                     known = {
                         "collection": ["colours", "colours", "void"],
                         "id": ["red/0", "blue/1", "nobody"],
+                        "alias": ["shop", "nobody", "colours"],
+                        "job": ["nobody"],
                     }
                     parameter["schema"] = {"type": "string", "enum": known[name]}
     return schemathesis.openapi.from_dict(document)

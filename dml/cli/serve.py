@@ -7,7 +7,21 @@ import typer
 
 
 def serve(
-    collections: Annotated[list[Path], typer.Argument(metavar="COLLECTION...", help="Collection folders.")],
+    collections: Annotated[
+        list[Path] | None, typer.Argument(metavar="COLLECTION...", help="Collection folders.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Serve the collections in it too; others can be made and deleted there."
+        ),
+    ] = None,
+    encoder: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER", help="An encoder for collections that are made in --data; may be repeated."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
@@ -20,7 +34,8 @@ def serve(
     state: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Where the API keys are; left out: $DML_STATE or the user's own."
+            metavar="FOLDER",
+            help="Where keys, jobs and aliases are kept; left out: $DML_STATE or the user's own.",
         ),
     ] = None,
     rate: Annotated[
@@ -81,7 +96,9 @@ def serve(
     from service.settings import Settings
 
     run(
-        collections,
+        collections or [],
+        data=data,
+        encoders=encoder or (),
         host=host,
         port=port,
         runtime=runtime,

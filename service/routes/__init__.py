@@ -5,7 +5,7 @@ Order matters only inside a file: longer paths before those that would swallow t
 
 from fastapi import APIRouter
 
-from service.routes import collections, embeddings, items, operations, page, search
+from service.routes import aliases, collections, embeddings, feedback, items, jobs, operations, page, search
 
 ROUTERS: tuple[APIRouter, ...] = (
     operations.router,
@@ -13,5 +13,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     embeddings.router,
     search.router,
     items.router,
+    jobs.router,
+    aliases.router,
+    feedback.router,
     collections.router,
 )

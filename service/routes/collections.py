@@ -7,6 +7,9 @@ from starlette.responses import Response
 
 from dml.collection.base import CollectionInfo
 from service.engine import Engine, Model
+from service.folders import check_index
+from service.memory import Conflict
+from service.repeats import ONCE, OnceRoute
 from service.routes.parts import (
     Limits,
     Name,
@@ -15,12 +18,20 @@ from service.routes.parts import (
     answer,
     cursor_of,
     in_thread,
+    not_available,
     read_json,
     takes,
 )
-from service.schemas import CollectionAnswer, CollectionsAnswer, CountAnswer, CountRequest, ModelsAnswer
+from service.schemas import (
+    CollectionAnswer,
+    CollectionRequest,
+    CollectionsAnswer,
+    CountAnswer,
+    CountRequest,
+    ModelsAnswer,
+)
 
-router = APIRouter(prefix="/v1", tags=["collections"])
+router = APIRouter(prefix="/v1", tags=["collections"], route_class=OnceRoute)
 
 
 @router.get("/models", response_model=ModelsAnswer)
@@ -56,16 +67,19 @@ async def collections(
     after = after_of(cursor)
     names = [name for name in engine.names() if after is None or name > after]
     shown = names[:limit]
-    items = await in_thread(request, lambda: [summary(engine, name) for name in shown])
+    items = await in_thread(
+        request, lambda: [summary(engine, name) for name in shown if name in engine.names()]
+    )
     return answer({"items": items, "next_cursor": cursor_of(shown[-1]) if len(names) > limit else None})
 
 
 def summary(engine: Engine, name: str) -> dict[str, Any]:
-    collection = engine.collection(name)
+    with engine.using(name) as collection:
+        count = len(collection)
     has_encoder = any(collection.fingerprint == model.fingerprint for model in engine.models())
     return {
-        "name": name,
-        "count": len(collection),
+        "name": engine.resolve(name),
+        "count": count,
         "dim": collection.dim,
         "metric": "cosine",
         "model_fingerprint": collection.fingerprint,
@@ -105,3 +119,48 @@ def collection_answer(
         "capabilities": sorted(engine.collection(short["name"]).capabilities()),
         "read_only": read_only,
     }
+
+
+@router.put(
+    "/collections/{collection}",
+    response_model=CollectionAnswer,
+    responses={201: {"model": CollectionAnswer, "description": "It was new"}},
+    openapi_extra=takes(json=CollectionRequest),
+    dependencies=ONCE,
+)
+async def create(request: Request, engine: Ready, settings: Limits, name: Name) -> Response:
+    """Have an empty collection of this name; 200: one with the same settings is there, and stays."""
+    asked = await read_json(request, CollectionRequest)
+    if asked.index.target_recall is not None or asked.index.memory_budget is not None:
+        raise not_available(
+            "index",
+            "a promise is kept by measuring: fill the collection, then POST …/rebuild",
+        )
+    index = {"kind": asked.index.kind, "options": asked.index.options}
+    check_index(index["kind"], index["options"])
+
+    def make() -> tuple[bool, CollectionInfo, dict[str, Any]]:
+        new = engine.create(name, model=asked.model, dim=asked.dim, index=index)
+        return new, engine.info(name), summary(engine, name)
+
+    new, info, short = await in_thread(request, make)
+    content = collection_answer(info, short, engine, read_only=settings.read_only)
+    return answer(content, 201 if new else 200)
+
+
+@router.delete("/collections/{collection}", status_code=204, response_class=Response, dependencies=ONCE)
+async def delete(request: Request, engine: Ready, name: Name) -> Response:
+    """Delete a collection with all that is in it."""
+    memory = request.app.state.memory
+
+    def remove() -> None:
+        unfinished = memory.jobs.unfinished(engine.place(name))
+        if unfinished:
+            raise Conflict(
+                f"The collection has a {unfinished[0].kind} job that has not ended: "
+                f"/v1/jobs/{unfinished[0].id}. Wait for it, or cancel it."
+            )
+        memory.feedback.forget(engine.remove(name))
+
+    await in_thread(request, remove)
+    return Response(status_code=204)

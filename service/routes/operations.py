@@ -51,6 +51,7 @@ async def root(settings: Limits) -> Response:
         "max_window",
         "max_searches",
         "max_images",
+        "max_items",
         "max_ids",
         "max_payload_bytes",
     )

@@ -175,12 +175,12 @@ def check_payload(payload: Mapping[str, Any], limit: int) -> dict[str, Any]:
     return dict(payload)
 
 
-def check_id(id: str) -> str:
+def check_id(id: str, pointer: str = "/id", *, where: str = "path") -> str:
     """An id that may be given to a new item. Raises Problem."""
     if len(id) > 512:
-        raise invalid("/id", f"has {len(id)} characters; at most 512 are allowed", where="path")
+        raise invalid(pointer, f"has {len(id)} characters; at most 512 are allowed", where=where)
     if not id.strip() or not id.isprintable():
-        raise invalid("/id", "must have visible characters only, and at least one", where="path")
+        raise invalid(pointer, "must have visible characters only, and at least one", where=where)
     return id
 
 
