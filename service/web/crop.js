@@ -18,6 +18,8 @@ export function cropping(changed) {
   const box = $("region");
   let region = null;
   let drag = null;
+  // Without a region a finger scrolls, and on a narrow screen the picture is small: the button comes first there.
+  const narrow = window.matchMedia("(max-width: 760px)");
 
   const soon = settled(() => changed(region), 500);
 
@@ -75,8 +77,8 @@ export function cropping(changed) {
   }
 
   stage.addEventListener("pointerdown", (event) => {
-    const touching = event.pointerType === "touch" && region === null; // a finger scrolls, until a region is there
-    if (event.button !== 0 || touching || !image.naturalWidth || stage.classList.contains("blank")) return;
+    const early = region === null && (event.pointerType === "touch" || narrow.matches);
+    if (event.button !== 0 || early || !image.naturalWidth || stage.classList.contains("blank")) return;
     event.preventDefault();
     const at = point(event);
     const corner = event.target.dataset?.corner;

@@ -382,7 +382,7 @@ function showHits(found) {
   $("facts").textContent = `${took} ms · ${found.approximate ? "approximate" : "exact"} search`;
   const narrowed = !$("narrowed").hidden;
   const all = found.total_is_exact ? `Nearest of ${pictures(found.total)}` : `The nearest ${pictures(found.hits.length)}`;
-  $("results-title").textContent = found.hits.length ? all : "";
+  $("results-title").textContent = found.hits.length ? all : "No picture";
   if (!found.hits.length) {
     if (narrowed) {
       showEmpty("Nothing like this here", "No picture meets these conditions. Take one away, or lower the similarity.");

@@ -38,7 +38,8 @@ function collectionCard(info, model, visit) {
   const go = element("button", { class: "button", type: "button", "aria-label": `Search in ${info.name}` }, "Search");
   go.addEventListener("click", () => visit(info.name));
   const { promised, measured, kept } = recall(info);
-  const verdict = kept === null ? null : element("span", { class: kept ? "verdict" : "verdict broken" }, kept ? "promise kept" : "below its promise");
+  const word = kept === null ? (info.index.exact ? "exact" : null) : kept ? "promise kept" : "below its promise";
+  const verdict = word && element("span", { class: kept === false ? "verdict broken" : "verdict" }, word);
   return element(
     "article",
     { class: "sheet" },
@@ -58,11 +59,10 @@ function collectionCard(info, model, visit) {
 
 function recall({ index, measured_recall: found }) {
   const target = index.promised_recall ?? index.target_recall ?? index.promise?.recall ?? null;
-  const promised = target ?? (index.exact ? 1 : null);
   return {
     promised: target === null ? (index.exact ? "1 (exact)" : "none") : String(target),
-    measured: found === null ? "not measured" : found.toFixed(3),
-    kept: promised === null || found === null ? null : found >= promised,
+    measured: found === null ? (index.exact ? "nothing is missed" : "not measured") : found.toFixed(3),
+    kept: target === null || found === null ? null : found >= target,
   };
 }
 
