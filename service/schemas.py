@@ -294,6 +294,7 @@ class CollectionAnswer(CollectionSummary):
     index: dict[str, Any]
     threshold: float | None
     measured_recall: float | None
+    promised_recall: float | None = Field(description="recall@10 that the index was chosen for; null: none")
     generation: int
     pending: int
     bytes_on_disk: int

@@ -442,6 +442,21 @@ def test_a_key_that_may_only_search_is_told_so_once(browser, tmp_path):
 # For who runs the service
 
 
+def test_the_status_lists_the_jobs(browser, shop):
+    started = httpx.post(f"{shop}/v1/collections/shop/duplicates", json={"level": "file"})
+    assert started.status_code == 202
+    page = browser.new_context().new_page()
+    page.set_default_timeout(10_000)
+    for _ in range(50):
+        if httpx.get(f"{shop}/v1/jobs/{started.json()['id']}").json()["state"] == "succeeded":
+            break
+        page.wait_for_timeout(100)
+    page.goto(f"{shop}/#/status")
+    page.wait_for_selector(".job.succeeded")
+    assert "duplicates · shop" in page.locator(".job").inner_text()
+    page.context.close()
+
+
 def test_the_status_says_how_the_collections_are_and_how_quick_searches_were(page, shop):
     searched(page)
     page.get_by_role("link", name="Status").click()

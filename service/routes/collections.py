@@ -113,6 +113,7 @@ def collection_answer(
         "index": dict(info.index),
         "threshold": None,
         "measured_recall": info.measured_recall,
+        "promised_recall": ((info.manifest.get("index") or {}).get("promise") or {}).get("recall"),
         "generation": info.generation,
         "pending": info.pending,
         "bytes_on_disk": info.bytes_on_disk,

@@ -59,9 +59,9 @@ function note(collection, header, whole) {
  *
  * @param progress called with a share from 0 to 1.
  */
-export async function upload(path, form, { method = "PUT", signal, progress = () => {} } = {}) {
+export async function upload(path, form, { method = "PUT", headers = {}, signal, progress = () => {} } = {}) {
   for (let again = true; ; again = false) {
-    const { status, body } = await transfer(path, form, { method, signal, progress });
+    const { status, body } = await transfer(path, form, { method, headers, signal, progress });
     if (status === 401 && again) {
       await ask("v1"); // asks for a key, and throws when none is given
       continue;
@@ -71,12 +71,12 @@ export async function upload(path, form, { method = "PUT", signal, progress = ()
   }
 }
 
-function transfer(path, form, { method, signal, progress }) {
+function transfer(path, form, { method, headers, signal, progress }) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open(method, path);
     request.setRequestHeader("Accept", "application/json");
-    for (const [name, value] of Object.entries(key.headers())) request.setRequestHeader(name, value);
+    for (const [name, value] of Object.entries({ ...headers, ...key.headers() })) request.setRequestHeader(name, value);
     request.upload.addEventListener("progress", (event) => {
       if (event.lengthComputable) progress(event.loaded / event.total);
     });

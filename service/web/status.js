@@ -11,8 +11,8 @@ const HEIGHT = 96;
  * @param visit called with the name of a collection that is to be searched.
  */
 export async function showStatus(collections, visit) {
-  const [root, models, jobs, ...infos] = await Promise.all([
-    ask("v1"), ask("v1/models"), runningJobs(), ...[...collections.keys()].map((name) => ask(place(name))),
+  const [root, models, { items: jobs }, ...infos] = await Promise.all([
+    ask("v1"), ask("v1/models"), ask("v1/jobs?limit=20"), ...[...collections.keys()].map((name) => ask(place(name))),
   ]);
   const all = infos.reduce((sum, info) => sum + info.count, 0);
   $("status-lead").textContent = `${pictures(all)} in ${plural(infos.length, "collection", "collections")}, served by ${root.name} ${root.version}.`;
@@ -20,7 +20,7 @@ export async function showStatus(collections, visit) {
   $("status-body").replaceChildren(
     block("Collections", ...infos.map((info) => collectionCard(info, fitting(info), visit))),
     block("Your searches", latency()),
-    ...(jobs ? [block("Jobs", jobList(jobs))] : []),
+    block("Jobs", jobList(jobs)),
   );
 }
 
@@ -57,8 +57,7 @@ function collectionCard(info, model, visit) {
   );
 }
 
-function recall({ index, measured_recall: found }) {
-  const target = index.promised_recall ?? index.target_recall ?? index.promise?.recall ?? null;
+function recall({ index, measured_recall: found, promised_recall: target = null }) {
   return {
     promised: target === null ? (index.exact ? "1 (exact)" : "none") : String(target),
     measured: found === null ? (index.exact ? "nothing is missed" : "not measured") : found.toFixed(3),
@@ -128,26 +127,22 @@ function chart(times) {
 
 // Jobs
 
-/** The jobs, where this service keeps a list of them; null where it does not. */
-async function runningJobs() {
-  const { paths } = await ask("openapi.json");
-  if (!paths["/v1/jobs"]?.get) return null;
-  try {
-    const { items } = await ask("v1/jobs");
-    return items ?? [];
-  } catch (error) {
-    if (error.slug === "forbidden") return null;
-    throw error;
-  }
-}
-
 function jobList(jobs) {
-  if (!jobs.length) return element("p", { class: "quiet" }, "Nothing is under way.");
+  if (!jobs.length) return element("p", { class: "quiet" }, "None yet. Rebuilding an index or looking for duplicates shows here.");
   const rows = jobs.map((job) => {
-    const share = typeof job.progress === "number" ? job.progress : (job.progress?.share ?? null);
-    const name = [job.kind, job.collection].filter(Boolean).join(" · ") || job.id;
-    const bar = share === null || job.state !== "running" ? null : element("progress", { max: 1, value: share, "aria-label": `Progress of ${name}` });
-    return element("li", { class: "job" }, element("span", {}, name), element("span", { class: "quiet" }, job.state ?? ""), bar);
+    const name = `${job.kind} · ${job.collection}`;
+    const running = job.state === "running";
+    const bar = running && element("progress", { max: 1, value: job.progress, "aria-label": `Progress of ${name}` });
+    const word = running && job.progress !== null ? `${Math.round(100 * job.progress)} %` : job.state;
+    const when = new Date(job.ended ?? job.started ?? job.created).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+    return element(
+      "li",
+      { class: `job ${job.state}` },
+      element("span", {}, name),
+      element("span", { class: "job-state" }, [word, when].join(" · ")),
+      job.problem?.detail || job.message ? element("span", { class: "job-message" }, job.problem?.detail ?? job.message) : null,
+      bar || null,
+    );
   });
   return element("ul", { class: "sheet jobs" }, ...rows);
 }
