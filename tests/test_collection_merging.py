@@ -12,7 +12,7 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 
-from dml.collection import NewItem, create_collection, derive, merging, open_collection
+from dml.collection import NewItem, create_collection, derive, merging, open_collection, upkeep
 from dml.collection.derive import Stopped
 from dml.collection.generation import Generation, Snapshot
 from dml.collection.measure import FEWEST, HeldOut, measure_recall
@@ -20,6 +20,7 @@ from dml.collection.merging import Background, is_due, why_build_anew
 from dml.errors import ReadOnly, StorageError, UsageError
 from dml.index import make_index
 from dml.index.flat import FlatIndex
+from dml.storage import ASIDE
 
 DIM = 16
 MANY = merging.DUE_ROWS + 200
@@ -218,6 +219,28 @@ def test_measuring_is_given_up_between_two_batches():
         with pytest.raises(Stopped):
             measured(until)
     assert measured(9) is not None
+
+
+def test_a_merge_sweeps_pictures_that_nobody_uses_as_far_as_the_time_goes(create, tmp_path, monkeypatch):
+    shop = create()
+    shop.add([NewItem("a", unit(0, 1)[0], image=b"used")])
+    folder = tmp_path / "shop" / "images" / "ab"
+    folder.mkdir(exist_ok=True)
+    orphan, half = folder / ("ab" + "0" * 62), folder / f".cut-short{ASIDE}"
+    for path in (orphan, half):
+        path.write_bytes(b"of a write that was killed before its commit")
+    monkeypatch.setattr(upkeep, "SWEEP_SECONDS", -1.0)
+    shop.merge()
+    assert orphan.exists()
+    monkeypatch.undo()
+    shop.add(items(unit(1, MANY)))
+    shop.close()
+    with open_collection(tmp_path / "shop", merge="auto") as again:
+        again.settle()
+        assert again.info().pending == 0
+        assert again.picture("a") == b"used"
+    assert not orphan.exists()
+    assert not half.exists()
 
 
 # When

@@ -91,22 +91,19 @@ def build_collection(
     started = time.monotonic()
     supply = open_supply(source, encoder, settings)
     if uri is not None:
-        begin_in_milvus(
+        create = {"name": name, "index": kind, "options": options, "collection": collection_name}
+        begin_in_milvus(supply, out, uri=uri, create=create, store=settings.store, overwrite=overwrite)
+    if goes_into(out, supply.fingerprint, overwrite=overwrite):
+        report = build_inside(
             supply,
             out,
-            uri=uri,
-            create={"name": name, "index": kind, "options": options, "collection": collection_name},
-            store=settings.store,
-            overwrite=overwrite,
+            index={"kind": None if kind == "auto" else kind, "options": options, "promise": promise},
+            device=device,
+            measure=measure,
+            progress=progress,
+            resume=resume,
+            announce=announce,
         )
-    if goes_into(out, supply.fingerprint, overwrite=overwrite):
-        with open_collection(
-            out, fingerprint=supply.fingerprint, device=device, merge="manual"
-        ) as collection:
-            report = supply.pour(collection, progress, resume=resume and in_milvus(out))
-            report.index = indexed(
-                collection, None if kind == "auto" else kind, options, promise, measure=measure, say=announce
-            )
     else:
         report = build_aside(
             supply,
@@ -141,10 +138,10 @@ def add_to_collection(
 
 def indexed(
     collection: LocalCollection,
+    *,
     kind: str | None,
     options: Mapping[str, Any] | None,
     promise: "Promise | None",
-    *,
     measure: bool,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -173,6 +170,24 @@ def goes_into(out: Path, fingerprint: str, *, overwrite: bool) -> bool:
     )
 
 
+def build_inside(
+    supply: Supply,
+    out: Path,
+    *,
+    index: Mapping[str, Any],
+    device: str,
+    measure: bool,
+    progress: Progress | None,
+    resume: bool,
+    announce: Callable[[str], None],
+) -> Report:
+    """Add to the collection that is at `out`, and build its index anew: {"kind", "options", "promise"}."""
+    with open_collection(out, fingerprint=supply.fingerprint, device=device, merge="manual") as collection:
+        report = supply.pour(collection, progress, resume=resume and in_milvus(out))
+        report.index = indexed(collection, **index, measure=measure, say=announce)
+        return report
+
+
 def build_aside(
     supply: Supply,
     out: Path,
@@ -199,9 +214,8 @@ def build_aside(
             if supply.encoder_folder is not None:
                 copy_folder(supply.encoder_folder, collection.path / "encoder")
             report = supply.pour(collection, progress, resume=len(collection) > 0)
-            report.index = indexed(
-                collection, create["index"], create["options"], promise, measure=measure, say=announce
-            )
+            index = {"kind": create["index"], "options": create["options"], "promise": promise}
+            report.index = indexed(collection, **index, measure=measure, say=announce)
             (collection.path / BEGUN).unlink(missing_ok=True)
             finished = True
         finally:

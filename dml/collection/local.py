@@ -10,13 +10,9 @@
     writer.lock              held by the one process that writes
 """
 
-import json
-import logging
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,46 +29,36 @@ from dml.collection.base import (
     Picture,
     SearchResult,
 )
-from dml.collection.catalog import Catalog, Change, KnownPicture
+from dml.collection.catalog import KnownPicture
 from dml.collection.cursors import Walks
-from dml.collection.derive import Built, Stop, Stopped, build_snapshot, check_kind, extend_snapshot, never
+from dml.collection.derive import Stop, never
 from dml.collection.filters import parse_filter
-from dml.collection.following import from_catalog, from_nothing, replayed
 from dml.collection.generation import Generation
 from dml.collection.grouping import answer
 from dml.collection.items import check_item, check_rows, check_unicode, encode_payload
 from dml.collection.keeping import check
-from dml.collection.lock import LOCK, WriterLock
-from dml.collection.manifest import FILE as MANIFEST
-from dml.collection.manifest import FORMAT, Manifest, read_manifest, write_manifest
-from dml.collection.merging import Background, MergeMode, check_mode, is_due, why_build_anew
+from dml.collection.manifest import Manifest
+from dml.collection.merging import MergeMode, check_mode
 from dml.collection.payload_indexes import declared
 from dml.collection.pictures import Pictures
-from dml.collection.promised import build_promised, with_promise
+from dml.collection.present import Present
 from dml.collection.query import Searcher, read_query
-from dml.collection.row_sets import RowSets, items_in_order, matching_ids
-from dml.collection.snapshots import Snapshots
+from dml.collection.row_sets import RowSets, items_in_order, matching_ids, with_vectors
+from dml.collection.upkeep import Upkeep
 from dml.errors import (
-    CollectionError,
-    ConfigError,
     DamagedFile,
     FilterInvalid,
     ImageNotKept,
-    MissingExtra,
-    ModelMismatch,
-    ReadOnly,
     StorageError,
     UnknownItem,
     UsageError,
 )
-from dml.index import check_options
 from dml.index.base import check_vectors
 from dml.index.tune import Promise
 
-log = logging.getLogger(__name__)
-
-PATIENCE = 20
-"""How often a search tries to meet a moment between two writes before it asks the writers to wait."""
+CAPABILITIES = frozenset(
+    {"exact", "verify", "pictures", "count", "filter", "group_by", "generation_cursor", "payload_index"}
+)
 
 
 class LocalCollection:
@@ -92,41 +78,22 @@ class LocalCollection:
         merge: MergeMode = "auto",
     ) -> None:
         check_mode(merge)
-        self.path, self.read_only, self.device = Path(path), read_only, device
-        self.manifest = read_manifest(self.path)
-        self.check_fingerprint(fingerprint)
-        self._lock = threading.RLock()  # writing, and for a reader: catching up
-        self._building = threading.Lock()
-        self._background = (
-            Background("following the writer", due=self._newer_index, work=self._adopt)
-            if read_only
-            else Background("merging", due=lambda: merge == "auto" and self.wants_merge, work=self._merge_due)
-        )
-        self._closed = False
+        self.path = Path(path)
+        self._present = Present(self.path, read_only=read_only, fingerprint=fingerprint, device=device)
+        self._catalog = self._present.catalog
         self._row_sets = RowSets()
-        self._walks = Walks(self._hold, self._row_sets)
-        self._snapshots = Snapshots(
-            self.path, fingerprint=self.fingerprint, dim=self.dim, device=device, read_only=read_only
-        )
-        self._writer_lock = None if read_only else WriterLock(self.path / LOCK)
-        try:
-            if not read_only:
-                sql.migrate(self.path / sql.FILE)
-            self._catalog = Catalog(self.path / sql.FILE, dim=self.dim, read_only=read_only)
-            try:
-                self._remember_manifest()
-                self._pictures = self._open_pictures()
-                self._state = self._open_state()
-            except BaseException:
-                self._catalog.close()
-                raise
-        except BaseException:
-            if self._writer_lock is not None:
-                self._writer_lock.release()
-            raise
-        self._background.wake()
+        self._walks = Walks(self._present.hold, self._row_sets)
+        self._upkeep = Upkeep(self._present, merge=merge)
 
     # What it is
+
+    @property
+    def read_only(self) -> bool:
+        return self._present.read_only
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._present.manifest
 
     @property
     def name(self) -> str:
@@ -143,7 +110,7 @@ class LocalCollection:
     @property
     def generation(self) -> int:
         """The change that the next search will see."""
-        return self._state.sequence
+        return self._present.state.sequence
 
     @property
     def wants_merge(self) -> bool:
@@ -151,7 +118,7 @@ class LocalCollection:
 
         Never while there is an index that this process cannot read: nobody replaces that unasked.
         """
-        return is_due(self._state) and not self._snapshots.unread
+        return self._upkeep.wants_merge
 
     @property
     def encoder_path(self) -> Path | None:
@@ -160,62 +127,26 @@ class LocalCollection:
         return folder if (folder / "manifest.json").is_file() else None
 
     def capabilities(self) -> frozenset[str]:
-        return frozenset(
-            {
-                "exact",
-                "verify",
-                "pictures",
-                "count",
-                "filter",
-                "group_by",
-                "generation_cursor",
-                "payload_index",
-            }
-        )
+        return CAPABILITIES
 
     def check_fingerprint(self, fingerprint: str | None) -> None:
         """Refuse vectors of another encoder. None: the caller does not say. Raises ModelMismatch."""
-        if fingerprint is not None and fingerprint != self.fingerprint:
-            raise ModelMismatch(
-                f"The collection in {self.path} was made by the encoder {self.fingerprint[:12]}, and this "
-                f"encoder is {fingerprint[:12]}: their vectors cannot be compared. Use the collection's own "
-                f"encoder ({self.path / 'encoder'}), or build a collection with this one."
-            )
+        self._present.check_fingerprint(fingerprint)
 
     def __len__(self) -> int:
-        with self._moment() as (_, state):
+        with self._present.moment() as (_, state):
             return len(state)
 
     def info(self) -> CollectionInfo:
-        with self._moment() as (_, state):
-            return CollectionInfo(
-                name=self.name,
-                count=len(state),
-                dim=self.dim,
-                metric=self.manifest.metric,
-                fingerprint=self.fingerprint,
-                index=state.main.describe(),
-                measured_recall=(state.base.measured or {}).get("recall_at_10"),
-                generation=state.sequence,
-                pending=state.pending,
-                bytes_on_disk=bytes_below(self.path),
-                manifest=json.loads((self.path / MANIFEST).read_text(encoding="utf-8")),
-            )
+        return self._present.info()
 
     def close(self) -> None:
         """Let go of the files and the lock. Everything acknowledged is already on the disk.
 
         A merge that is under way is given up; the next opening goes on with what is pending.
         """
-        self._background.close()
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._walks.close()
-            self._catalog.close()
-            if self._writer_lock is not None:
-                self._writer_lock.release()
+        self._upkeep.close()
+        self._present.close(before=self._walks.close)
 
     def __enter__(self) -> "LocalCollection":
         return self
@@ -243,24 +174,8 @@ class LocalCollection:
         vectors = check_rows([item.vector for item in batch], self.dim)
         if not batch:
             return []
-        with self._write() as state:
-            stored: list[str] = []
-            try:
-                changes = []
-                for item, vector, payload in zip(batch, vectors, payloads, strict=True):
-                    picture = self._take_picture(item)
-                    if picture is not None and picture.kind == "stored":
-                        stored.append(picture.sha256)
-                    changes.append(Change(item.id, vector, payload, picture))
-                written = self._catalog.put(changes)
-            except BaseException:
-                self._discard_unused(stored)
-                raise
-            self._state = state.changed(
-                written.sequence, rows=written.rows, vectors=written.vectors, removed=written.removed
-            )
-            self._pictures.discard(written.orphans)
-            return written.created
+        with self._write():
+            return self._present.put(batch, vectors, payloads)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Forget these ids; durable on return. How many were there.
@@ -271,13 +186,8 @@ class LocalCollection:
         """
         for id in ids:
             check_unicode(id)
-        with self._write() as state:
-            written = self._catalog.remove(ids)
-            self._state = state.changed(
-                written.sequence, rows=written.rows, vectors=written.vectors, removed=written.removed
-            )
-            self._pictures.discard(written.orphans)
-            return len(written.removed)
+        with self._write():
+            return self._present.remove(ids)
 
     def delete_matching(self, filter: FilterLike) -> int:
         """Forget the items that pass a filter; durable on return. How many there were.
@@ -306,15 +216,15 @@ class LocalCollection:
             sequence, item = self._catalog.merge_payload(id, changes, max_bytes=max_bytes)
             if item is None:
                 raise UnknownItem(f'There is no item "{id}" in the collection "{self.name}".')
-            self._state = replace(state, sequence=sequence)
+            self._present.state = replace(state, sequence=sequence)
             return item
 
     def rename(self, name: str) -> None:
         """Call it by another name; its folder stays. Raises UsageError, ReadOnly, StorageError."""
         if not name.strip():
             raise UsageError("a collection needs a name")
-        with self._turn():
-            self._save_manifest(self.manifest.with_(name=name))
+        with self._present.turn():
+            self._present.save_manifest(self.manifest.with_(name=name))
 
     def index_payload(self, key: str) -> bool:
         """Index the payloads at a path, so that filters on it need not read all; False: they are already.
@@ -343,102 +253,45 @@ class LocalCollection:
         """Say where the referenced pictures of the root `name` are now. Raises ReadOnly, StorageError."""
         with self._write():
             roots = {**self.manifest.roots, name: str(Path(folder).absolute())}
-            self._save_manifest(self.manifest.with_(roots=roots))
-            self._pictures = self._open_pictures()
+            self._present.save_manifest(self.manifest.with_(roots=roots))
 
     def set_encoder_info(self, info: Mapping[str, Any]) -> None:
         """Say anew what is known about the encoder. Raises ReadOnly, StorageError."""
         with self._write():
-            self._save_manifest(self.manifest.with_(encoder=dict(info)))
+            self._present.save_manifest(self.manifest.with_(encoder=dict(info)))
 
     @contextmanager
     def _write(self) -> Iterator[Generation]:
         """The one writer's turn, with the state to start from; afterwards a merge may be due."""
         self._walks.sweep()
-        with self._turn() as state:
+        with self._present.turn() as state:
             yield state
-        self._background.wake()
-
-    @contextmanager
-    def _turn(self) -> Iterator[Generation]:
-        if self.read_only:
-            raise ReadOnly(f'The collection "{self.name}" was opened read-only.')
-        with self._lock:
-            self._check_open()
-            yield self._state
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise CollectionError(f'The collection "{self.name}" has been closed.')
-
-    def _take_picture(self, item: NewItem) -> Picture | None:
-        if item.image is not None:
-            return self._pictures.store(item.image)
-        return None if item.file is None else self._pictures.refer(item.file, item.sha256)
-
-    def _discard_unused(self, sha256s: list[str]) -> None:
-        """After a write that failed: pictures that it stored and nobody else uses."""
-        try:
-            with self._catalog.reading() as db:
-                unused = sql.without_items(db, sha256s)
-        except (StorageError, DamagedFile):
-            return  # the next sweep finds them
-        self._pictures.discard(unused)
-
-    def _remember_manifest(self) -> None:
-        """See to it that the catalogue knows the manifest, and that the manifest has a checksum."""
-        if self.read_only:
-            return
-        with self._catalog.reading() as db:
-            known = sql.read_fact(db, MANIFEST)
-        if known is None or self.manifest.format < FORMAT:
-            self._save_manifest(replace(self.manifest, format=FORMAT))
-
-    def _save_manifest(self, manifest: Manifest) -> None:
-        self._catalog.remember(MANIFEST, asdict(manifest))
-        write_manifest(self.path, manifest)
-        self.manifest = manifest
+        self._present.changed()
 
     # Reading
 
-    @contextmanager
-    def _moment(self) -> Iterator[tuple[Any, Generation]]:
-        """A read transaction and the state of the same change."""
-        for _ in range(PATIENCE):
-            with self._catalog.reading() as db:
-                sequence = sql.read_state(db)[0]
-                state = self._state
-                if self.read_only and state.sequence < sequence:
-                    state = self._catch_up(db)
-                if state.sequence == sequence:
-                    yield db, state
-                    return
-            time.sleep(0.0005)  # a writer has committed and is about to swap
-        with self._lock, self._catalog.reading() as db:
-            yield db, self._catch_up(db) if self.read_only else self._state
-
     def get(self, ids: Sequence[str], *, with_vector: bool = False) -> list[Item]:
-        with self._moment() as (db, _):
+        with self._present.moment() as (db, _):
             found = sql.items_by_id(db, ids)
             missing = [id for id in ids if id not in found]
             if missing:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise UnknownItem(f'There is no item "{missing[0]}"{more} in the collection "{self.name}".')
-            return self._with_vectors(db, [found[id] for id in ids], with_vector)
+            return with_vectors(db, [found[id] for id in ids], with_vector)
 
     def find(self, ids: Sequence[str]) -> dict[str, Item]:
         """id -> item, for those of these ids that are there."""
-        with self._moment() as (db, _):
+        with self._present.moment() as (db, _):
             return {id: item for id, (_, item) in sql.items_by_id(db, ids).items()}
 
     def count(self, filter: FilterLike | None = None) -> int:
         asked = parse_filter(filter)
-        with self._moment() as (db, state):
+        with self._present.moment() as (db, state):
             return len(self._row_sets.rows(db, asked)) if asked else len(state)
 
     def known_pictures(self) -> Iterator[KnownPicture]:
         """Every item with a picture, in the order in which they were written: which bytes have a vector."""
-        with self._moment() as (db, _):
+        with self._present.moment() as (db, _):
             yield from sql.known_pictures(db)
 
     def scroll(
@@ -452,16 +305,10 @@ class LocalCollection:
         if limit < 1:
             raise UsageError(f"limit must be at least 1, got {limit}")
         asked = parse_filter(filter)
-        with self._moment() as (db, _):
+        with self._present.moment() as (db, _):
             found = items_in_order(db, asked, after=after, limit=limit + 1)
-            items = self._with_vectors(db, found[:limit], with_vector)
+            items = with_vectors(db, found[:limit], with_vector)
             return items, items[-1].id if len(found) > limit else None
-
-    def _with_vectors(self, db: Any, found: list[tuple[int, Item]], wanted: bool) -> list[Item]:
-        if not wanted:
-            return [item for _, item in found]
-        vectors = sql.vectors_of(db, [row for row, _ in found])
-        return [replace(item, vector=vectors[row]) for row, item in found]
 
     def search(
         self,
@@ -494,15 +341,12 @@ class LocalCollection:
         )
         if cursor is not None:
             return [self._walks.page(queries, query, cursor)]
-        with self._moment() as (db, state):
+        with self._present.moment() as (db, state):
             return answer(Searcher(db, state, self._row_sets, query), queries)
 
-    def _hold(self, stack: ExitStack) -> tuple[Any, Generation]:
-        """A read transaction of the present state, open until the stack is closed."""
-        with self._lock:  # nobody writes between the transaction's beginning and the state
-            db = stack.enter_context(self._catalog.reading())
-            sql.read_state(db)
-            return db, self._catch_up(db) if self.read_only else self._state
+    @property
+    def _pictures(self) -> Pictures:
+        return self._present.pictures
 
     def picture(self, id: str) -> bytes:
         return self._pictures.read(self._picture_of(id), id)
@@ -552,29 +396,9 @@ class LocalCollection:
             ReadOnly: opened for reading.
             Stopped: `stop` said so.
         """
-        with self._turn():
-            asked = self.manifest.index
-        if kind is not None:
-            check_kind(kind)
-        same: Mapping[str, Any] = asked["options"] if kind in (None, asked["kind"]) else {}
-        wanted = {"kind": kind or asked["kind"], "options": dict(same if options is None else options)}
-        check_options(wanted["kind"], wanted["options"])
-        if promise is not None and kind is not None:
-            raise ConfigError(f'A promise chooses the kind of index itself; "{kind}" was given too.')
-        if promise is None and kind is None and options is None and asked.get("promise"):
-            promise = Promise(**asked["promise"])
-        with self._background.paused(), self._building:
-            if promise is None:
-                built = build_snapshot(
-                    self._catalog, wanted, device=self.device, measure=measure, seed=seed, stop=stop
-                )
-            else:
-                built = build_promised(
-                    self._catalog, promise, device=self.device, seed=seed, stop=stop, say=say
-                )
-            about = self._install(built, wanted)
-        self._sweep()
-        return about
+        return self._upkeep.build_index(
+            kind, options=options, measure=measure, seed=seed, promise=promise, say=say, stop=stop
+        )
 
     def merge(self) -> dict[str, Any]:
         """Fold the pending changes into the main index now, and return when it is done.
@@ -588,138 +412,11 @@ class LocalCollection:
 
         Raises: as `build_index`; the collection goes on with the index that it had.
         """
-        with self._turn():
-            pass
-        with self._background.paused(), self._building:
-            if not self._state.pending and self.manifest.built:
-                return dict(self.manifest.built)
-            return self._merge(never)
+        return self._upkeep.merge()
 
     def settle(self) -> None:
         """Wait until no merge is due or under way, or until it has failed and is to be tried again later."""
-        self._background.wake()
-        self._background.wait()
-
-    def _merge_due(self, stop: Stop) -> None:
-        with self._building:
-            if self.wants_merge:
-                self._merge(stop)
-
-    def _merge(self, stop: Stop) -> dict[str, Any]:
-        state, wanted = self._state, self.manifest.index
-        saved = self._snapshots.path(state.base.sequence)
-        anew = why_build_anew(state, wanted, saved)
-        options: dict[str, Any] = {"device": self.device, "measure": True, "seed": 0, "stop": stop}
-        if anew is None:
-            built = extend_snapshot(self._catalog, state.base, saved, **options)
-        else:
-            log.info("%s: the merge builds the index anew: %s", self.name, anew)
-            built = build_snapshot(self._catalog, wanted, **options)
-        return self._install(built, wanted)
-
-    def _install(self, built: Built, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """Save a new main index and search it from now on; writers wait only for the last changes.
-
-        Returns:
-            What is kept in the manifest as "built".
-        """
-        wanted = built.wanted or wanted
-        about = with_promise(built.about, wanted, built.snapshot.index, before=self.manifest.built)
-        self._snapshots.save(built.snapshot)
-        with self._catalog.reading() as db:
-            state = replayed(db, Generation.of(built.snapshot, self.dim))
-        with self._turn():
-            with self._catalog.reading() as db:
-                state = replayed(db, state)
-            self._save_manifest(self.manifest.with_(index=wanted, built=about))
-            self._state = state
-            oldest = self._snapshots.drop_old()
-            if oldest is not None:
-                with suppress(StorageError):  # the new index is in place; the next one forgets more
-                    self._catalog.forget_removed(oldest)
-        return about
-
-    def _sweep(self) -> None:
-        """Delete pictures that no item uses, and half-written ones: of writes that were cut short."""
-        with self._catalog.reading() as db:
-            used = sql.stored_pictures(db)
-        unused, halves = self._pictures.stored() - used, self._pictures.half_written()
-        with self._turn():  # nobody stores a picture now: what is still unused stays so
-            self._discard_unused(sorted(unused))
-            for half in halves:
-                half.unlink(missing_ok=True)
-
-    # Opening and following
-
-    def _open_pictures(self) -> Pictures:
-        roots = {name: Path(root) for name, root in self.manifest.roots.items()}
-        return Pictures(self.path, roots, read_only=self.read_only)
-
-    def _open_state(self) -> Generation:
-        """The newest whole snapshot, brought up to date from the catalogue."""
-        with self._catalog.reading() as db:
-            base = self._snapshots.load(db)
-            if base is not None:
-                return replayed(db, Generation.of(base, self.dim))
-            if sql.count_items(db) and self.manifest.built:
-                return self._rebuilt(db)
-            return from_nothing(db, self.dim)
-
-    def _rebuilt(self, db: Any) -> Generation:
-        """No snapshot can be used, though there was one: make it again, or search exactly meanwhile."""
-        if self._snapshots.unread:
-            log.warning(
-                "%s is searched exactly until its index can be read (by the dml that wrote it), or "
-                "`dml index rebuild` has made a new one.",
-                self.path,
-            )
-        elif not self.read_only:
-            log.warning("the index of %s is built again from the catalogue", self.path)
-            try:
-                built = build_snapshot(
-                    self._catalog, self.manifest.index, device=self.device, measure=False, seed=0
-                )
-                self._snapshots.save(built.snapshot)
-                self._save_manifest(self.manifest.with_(built=built.about))
-                return Generation.of(built.snapshot, self.dim)
-            except (StorageError, MissingExtra) as error:
-                log.warning("%s The collection is searched exactly until the index can be built.", error)
-        return from_catalog(db, self.dim)
-
-    def _catch_up(self, db: Any) -> Generation:
-        """A reader's way to the moment of this transaction; keeps the newest state that it has seen."""
-        with self._lock:
-            state, (sequence, horizon) = self._state, sql.read_state(db)
-            if state.sequence < sequence:
-                if state.sequence < horizon:  # removals that the state has not seen are forgotten by now
-                    self._reread_manifest()
-                    base = self._snapshots.load(db, newer_than=state.base.sequence)
-                    state = Generation.of(base, self.dim) if base is not None else self._rebuilt(db)
-                self._state = replayed(db, state)
-        self._background.wake()
-        return self._state
-
-    def _newer_index(self) -> bool:
-        """Whether a reader's own delta has grown, and the writer has merged it meanwhile."""
-        return is_due(self._state) and self._snapshots.newest() > self._state.base.sequence
-
-    def _adopt(self, stop: Stop) -> None:
-        """Take up the index that the writer has made; searches go on in the old one until it is loaded."""
-        with self._catalog.reading() as db:
-            base = self._snapshots.load(db, newer_than=self._state.base.sequence)
-            if stop():
-                raise Stopped
-            if base is None:
-                raise DamagedFile(f"no index in {self._snapshots.folder} could be read")
-            state = replayed(db, Generation.of(base, self.dim))
-        with self._lock, self._catalog.reading() as db:
-            if state.base.sequence > self._state.base.sequence:
-                self._reread_manifest()
-                self._state = replayed(db, state)
-
-    def _reread_manifest(self) -> None:
-        self.manifest = read_manifest(self.path)
-        self._pictures = self._open_pictures()
+        self._upkeep.settle()
 
     # Checking
 
@@ -732,21 +429,12 @@ class LocalCollection:
         problems = check(
             self.path,
             catalog=self._catalog,
-            snapshots=self._snapshots,
+            snapshots=self._present.snapshots,
             pictures=self._pictures,
             fingerprint=self.fingerprint,
         )
-        with suppress(DamagedFile, StorageError), self._moment() as (db, state):
+        with suppress(DamagedFile, StorageError), self._present.moment() as (db, state):
             count = sql.count_items(db)
             if count != len(state):
                 problems.append(f"the index holds {len(state)} items and the catalogue {count}")
         return problems
-
-
-def bytes_below(folder: Path) -> int:
-    """What the files of a folder take; files that come and go meanwhile may count or not."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total

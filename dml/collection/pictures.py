@@ -134,13 +134,19 @@ class Pictures:
         found = (path for path in sorted(self.thumbnails.glob("??/*.jpg")) if read_thumbnail(path) is None)
         return [path for path in found if path.exists()]
 
-    def stored(self) -> set[str]:
-        """sha256 of all pictures that are stored, used or not."""
-        return {path.name for path in self.images.glob("??/*") if not path.name.endswith(ASIDE)}
+    def folders(self) -> list[Path]:
+        """Those that stored pictures lie in."""
+        return list(self.images.glob("??"))
 
-    def half_written(self) -> list[Path]:
+    def stored(self, folder: Path | None = None) -> set[str]:
+        """sha256 of the pictures that are stored in a folder, or in all, used or not."""
+        found = self.images.glob("??/*") if folder is None else folder.glob("*")
+        return {path.name for path in found if not path.name.endswith(ASIDE)}
+
+    @staticmethod
+    def half_written(folder: Path) -> list[Path]:
         """Files of writes that were cut short, or that go on just now."""
-        return list(self.images.glob(f"??/.*{ASIDE}"))
+        return list(folder.glob(f".*{ASIDE}"))
 
     def damaged(self, picture: Picture, id: str) -> str | None:
         """What is wrong with a picture, or None."""

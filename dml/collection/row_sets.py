@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -122,3 +123,11 @@ def items_in_order(
         where, parameters = f"items.id > :after AND {where}", {**parameters, "after": after}
     query = f"SELECT {sql.ITEM_COLUMNS} FROM items WHERE {where} ORDER BY id LIMIT :limit"
     return [(row[0], sql.item_of(row)) for row in db.execute(query, {**parameters, "limit": limit})]
+
+
+def with_vectors(db: sqlite3.Connection, found: list[tuple[int, Item]], wanted: bool) -> list[Item]:
+    """The items of these (row, item), with their vectors if they are wanted."""
+    if not wanted:
+        return [item for _, item in found]
+    vectors = sql.vectors_of(db, [row for row, _ in found])
+    return [replace(item, vector=vectors[row]) for row, item in found]
