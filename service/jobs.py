@@ -13,6 +13,7 @@ writes to a collection, so whoever opens it for writing knows that no other one 
 
 import json
 import logging
+import math
 import sqlite3
 import threading
 import time
@@ -316,7 +317,7 @@ class Jobs:
             progress,
             control.message if control else "",
             time.time(),
-            None if result is None else json.dumps(result),
+            None if result is None else json.dumps(plain(result)),
             None if problem is None else json.dumps(problem),
             only="queued" if only_queued else None,
         )
@@ -333,6 +334,17 @@ class Jobs:
     def _forget(self, id: str) -> None:
         with self._lock:
             self._live.pop(id, None)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can carry it: null for NaN and infinity, which a figure without material may be."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def interruption(id: str, kind: str, request_id: str = "") -> dict[str, Any]:
