@@ -50,7 +50,7 @@ def test_searches_by_bytes_file_id_vector_and_examples(client: Client, tmp_path:
 
 def test_the_documented_example_runs(client: Client, tmp_path: Path, capsys, monkeypatch):
     page = (Path(__file__).parent.parent / "docs" / "service.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "mine.jpg").write_bytes(jpeg("green", 3))
     monkeypatch.chdir(tmp_path)
     exec(

@@ -305,11 +305,11 @@ def test_a_job_that_ran_when_its_process_was_killed_is_shown_as_interrupted(tmp_
 def test_what_is_remembered_survives_a_restart_of_the_process(tmp_path):
     data, state = tmp_path / "data", tmp_path / "state"
     arguments = ("--data", str(data), "--state", str(state))
-    vector = {"vector": [1.0, 2.0, 0.0, 0.0]}
+    vector = [1.0, 2.0, 0.0, 0.0]
     with serving(*arguments) as (process, address), Client(address) as client:
         client.create_collection("v1", dim=4, model="made elsewhere")
         client.set_alias("shop", "v1")
-        first = client.put_item("shop", "a", **vector, once="key-1")
+        first = client.put_item("shop", "a", vector=vector, once="key-1")
         job = client.wait_for(client.rebuild("shop", kind="flat"))
         answer = client.search("shop", vector=[1, 2, 0, 0.5])
         client.send_feedback("shop", answer.query_id, "a", relevant=True)
@@ -317,7 +317,7 @@ def test_what_is_remembered_survives_a_restart_of_the_process(tmp_path):
         process.wait()
     with serving(*arguments) as (process, address), Client(address) as client:
         assert client.aliases() == {"shop": "v1"}
-        assert client.put_item("shop", "a", **vector, once="key-1") == first
+        assert client.put_item("shop", "a", vector=vector, once="key-1") == first
         assert client.get_item("shop", "a").sequence == first.generation, "it was not written again"
         assert client.job(job.id).result == job.result
         assert [(j.query_id, j.id, j.relevant) for j in client.feedback("shop")] == [

@@ -1,6 +1,7 @@
 """Writes that clients may rely on: conditional, repeatable, in batches; collections, aliases, feedback."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -468,6 +469,15 @@ def test_a_collection_that_is_made_carries_its_encoder_over_a_restart(tmp_path, 
         client.create_collection("more")
         assert np.isfinite(client.embed([picture]).vectors).all()
         assert [c.accepts for c in client.collections()] == [("image", "id", "vector")] * 2
+
+
+def test_the_documented_change_of_an_encoder_runs(client, http):
+    page = (Path(__file__).parent.parent / "docs" / "service.md").read_text(encoding="utf-8")
+    _, example = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    adapted = example.replace("http://127.0.0.1:8000", str(http.base_url)).replace("shoes", "colours")
+    exec(compile(adapted, "example", "exec"))
+    assert client.aliases() == {"shop": "colours-2"}
+    assert (client.count("shop"), client.collection("shop").index["kind"]) == (8, "hnsw")
 
 
 # Feedback
