@@ -30,7 +30,7 @@ function block(title, ...contents) {
 
 function facts(entries) {
   const pairs = entries.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return element("dl", { class: "facts" }, ...pairs.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+  return element("dl", { class: "facts" }, ...pairs.map(([name, value]) => element("div", { class: String(value).length > 34 ? "wide" : null }, element("dt", {}, name), element("dd", {}, value))));
 }
 
 function collectionCard(info, model, visit) {
