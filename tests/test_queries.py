@@ -561,7 +561,9 @@ def test_states_are_kept_for_minutes_and_only_a_few(shop, tmp_path):
     collection, _ = shop()
     [query] = unit(8, 1)
     now = [0.0]
-    collection._walks = cursors_module.Walks(collection._hold, collection._row_sets, clock=lambda: now[0])
+    collection._walks = cursors_module.Walks(
+        collection._present.hold, collection._row_sets, clock=lambda: now[0]
+    )
 
     def first():
         return collection.search(query[None], limit=5, cursor="*")[0].next_cursor
