@@ -95,6 +95,8 @@ def test_a_rebuild_is_a_job_that_changes_the_kind_of_index(tmp_path):
 
 def test_a_rebuild_may_promise_a_recall(tmp_path):
     with served(tmp_path) as http:
+        few = ended(http, http.post(f"{PLACE}/rebuild", json={"target_recall": 0.9}))
+        assert few["state"] == "succeeded", few
         vectors = np.random.default_rng(0).normal(size=(600, 48)).tolist()
         items = [{"id": f"v{n}", "vector": vector} for n, vector in enumerate(vectors)]
         assert http.post(f"{PLACE}/items", json={"items": items}).json()["written"] == 600

@@ -158,8 +158,8 @@ def both_sets(held: HeldOut, material: Material) -> tuple[Asked, Asked]:
 def adjusted(index: VectorIndex, trial: Trial, promise: Promise, tuning: Asked, scoring: Asked) -> Point:
     """Set the effort that the whole collection needs, and measure with the other queries."""
     if index.exact:
-        point, _ = measure(index, scoring, effort=None)
-        return Point(1, 1.0, 1.0, point.latency)
+        timed = len(scoring.queries) > 0  # else too few items to hold any out
+        return Point(1, 1.0, 1.0, measure(index, scoring, effort=None)[0].latency if timed else 0.0)
     if "effort" not in trial.options:
         return measure(index, scoring, effort=None)[0]
     start = int(trial.options["effort"])
