@@ -114,9 +114,8 @@ def check_settings(suite: Suite, found: Mapping[str, RowResults]) -> None:
                     f"The rows {first[0]} and {name} cannot stand in one table: their settings differ in "
                     f"{'; '.join(unlike)}. Measure one of them again under the settings of the other."
                 )
-            lines = differences(
-                *({**one["settings"], "trunk": one.get("trunk", "")} for one in (first[1], result))
-            )
+            one, other = ({**r["settings"], "trunk": r.get("trunk", "")} for r in (first[1], result))
+            lines = differences(one, other)
             if lines:
                 raise ConfigError(
                     f"The rows {first[0]} and {name} cannot stand in one table: {'; '.join(lines)}."
