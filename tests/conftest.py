@@ -78,6 +78,19 @@ def draw() -> Callable[..., Image.Image]:
     return picture
 
 
+@pytest.fixture
+def plain_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """faiss's own `search`, which Milvus's embedded engine calls with parameters.
+
+    pytorch-metric-learning, once another test of this process has loaded it, has put one into its place that
+    takes none.
+    """
+    faiss = pytest.importorskip("faiss")
+    for kind in vars(faiss).values():
+        if isinstance(kind, type) and "search_numpy" in vars(kind):
+            monkeypatch.setattr(kind, "search", vars(kind)["search_numpy"])
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLASS/name.jpg: 6 classes of 8 small pictures each."""

@@ -29,6 +29,12 @@ from dml.errors import (
     VectorError,
 )
 
+# Milvus's embedded engine leaves files to the garbage collector when several threads write.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 DIM = 8
 FINGERPRINT = "f" * 64
 SERVER = os.environ.get("DML_TEST_MILVUS_URI", "")
@@ -89,6 +95,7 @@ def kept(request, tmp_path):
         pytest.importorskip("pymilvus")
     if request.param == "milvus lite":
         pytest.importorskip("milvus_lite")
+        request.getfixturevalue("plain_faiss")
     if request.param == "milvus server" and not SERVER:
         pytest.skip("DML_TEST_MILVUS_URI is not set, so there is no server to ask")
     place = Kept(request.param, tmp_path / "things")

@@ -34,6 +34,13 @@ from dml.errors import (
     UsageError,
 )
 
+pytestmark = [
+    pytest.mark.usefixtures("plain_faiss"),
+    # The embedded engine leaves files to the garbage collector when several threads write.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 DIM = 8
 FINGERPRINT = "f" * 64
 
