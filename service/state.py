@@ -17,7 +17,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,9 +153,15 @@ class State:
 
 
 def create_private(path: Path) -> None:
-    """An empty file and its folder, for their owner only; what is there stays as it is."""
+    """An empty file and its folder, for their owner only; what is there stays as it is.
+
+    A file that is there must not even be opened: closing it would drop the locks that SQLite holds on it in
+    this process (POSIX locks belong to a process and a file), and the next process to leave would take itself
+    for the last and delete the log under us.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def connect(path: Path) -> sqlite3.Connection:

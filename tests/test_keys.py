@@ -102,6 +102,24 @@ def test_what_another_process_revokes_is_refused_at_once_and_after_a_restart(key
     reopened.close()
 
 
+def test_parts_that_open_the_state_one_after_the_other_keep_each_other_s_locks(keys):
+    def command(*arguments):
+        line = [sys.executable, "-m", "dml", "keys", *arguments, "--state", str(keys.folder)]
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+    keys.add("first", scope=Scope.SEARCH)
+    jobs = State(keys.folder, Section("jobs", ("CREATE TABLE jobs (id TEXT)",)))
+    log = keys.folder / f"{FILE}-wal"
+    before = log.stat().st_ino
+    command("list")  # the last process to leave deletes the log, unless it sees that others have it open
+    assert log.stat().st_ino == before
+    command("add", "second", "--scope", "write")
+    assert [key.name for key in keys.list()] == ["first", "second"]
+    command("revoke", "first")
+    assert [key.state() for key in keys.list()] == ["revoked", "usable"]
+    jobs.close()
+
+
 def test_a_state_that_was_replaced_is_read_anew(keys, tmp_path):
     """Restored from a backup, or moved away: the open file is no longer the one that `dml keys` changes."""
     old, _ = keys.add("old", scope=Scope.SEARCH)
