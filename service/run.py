@@ -68,7 +68,8 @@ def serve(
     """
     settings = settings or Settings()
     settings = replace(settings, allow_hosts=hosts_of(host, settings.allow_hosts))
-    keys = Keys(state or default_folder())
+    state = state or default_folder()
+    keys = Keys(state)
     check_address(host, insecure=insecure, keys=keys)
     check_paths(paths, data)
     configure_logs(settings)
@@ -86,7 +87,7 @@ def serve(
             lambda: Engine.open(paths, runtime=runtime, settings=settings, data=data, encoders=encoders),
             settings,
             keys=keys,
-            state=state or default_folder(),
+            state=state,
             on_ready=lambda engine: announce(greeting(engine, address, keys_needed=keys.any())),
             on_failure=fail,
         )

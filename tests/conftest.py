@@ -1,6 +1,7 @@
 """Fixtures that every test file may use: small drawn pictures, a folder of them, an encoder."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(8):
             draw_class(kind, number).save(folder / f"{number}.jpg", quality=92)
     return root
+
+
+@pytest.fixture
+def photos(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A test's own copy of `tiny_folder`, whose times of change lie back, as those of photos do."""
+    folder = tmp_path / "photos"
+    shutil.copytree(tiny_folder, folder)
+    for path in folder.rglob("*.jpg"):
+        os.utime(path, (1e9, 1e9))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """From a folder to a collection: going on after an interruption, equal bytes, labels, where the time went."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -28,15 +27,6 @@ TWO = Settings(workers=2, batch_size=8)
 @pytest.fixture(scope="module")
 def encoder(tiny_encoder):
     return Encoder.load(tiny_encoder, device="cpu", threads=2)
-
-
-@pytest.fixture
-def photos(tiny_folder, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(tiny_folder, folder)
-    for path in folder.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
-    return folder
 
 
 class Interrupted(Encoder):

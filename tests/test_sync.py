@@ -29,16 +29,6 @@ def encoder(tiny_encoder):
 
 
 @pytest.fixture
-def photos(tiny_folder, tmp_path):
-    """CLASS/name.jpg whose times of change lie back, as those of photos do."""
-    folder = tmp_path / "photos"
-    shutil.copytree(tiny_folder, folder)
-    for path in folder.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
-    return folder
-
-
-@pytest.fixture
 def shop(photos, encoder, tmp_path):
     with open_after(build_collection(photos, tmp_path / "shop", encoder=encoder, settings=ONE)) as there:
         yield there

@@ -1,8 +1,10 @@
-"""One writer per collection, by an advisory lock that the system drops when its holder dies."""
+"""Advisory locks, which the system drops when their holder dies: of a collection's writer, and of folders."""
 
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,3 +61,32 @@ def describe_holder(file: BinaryIO) -> str:
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+@contextmanager
+def folder_lock(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """The lock of a folder itself; yields whether it is held.
+
+    Args:
+        shared: several may hold it at once, and nobody one that is not shared.
+        wait: until it is free; otherwise it is not held when somebody else has it.
+
+    A file system without locks on folders lets everyone hold it.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        held = True
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError:
+            pass
+        yield held
+    finally:
+        os.close(handle)  # drops the lock

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from dml.collection.base import Picture
+from dml.collection.lock import folder_lock
 from dml.errors import CollectionError, ImageNotKept, StorageError
 from dml.storage import ASIDE, flush_to_disk, opened_aside, storage_errors
 
@@ -111,7 +112,7 @@ class Pictures:
         """
         if not sha256s:
             return
-        with flocked(self.folder, shared=False) as is_free:
+        with suppress(OSError), folder_lock(self.folder, wait=False) as is_free:
             for sha256 in sha256s if is_free else ():
                 with suppress(OSError):
                     self._stored(sha256).unlink(missing_ok=True)
@@ -186,32 +187,8 @@ class Pictures:
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
     """No process deletes a stored picture of the collection in `folder` meanwhile."""
-    with flocked(folder, shared=True):
+    with folder_lock(folder, shared=True):
         yield
-
-
-@contextmanager
-def flocked(folder: Path, *, shared: bool) -> Iterator[bool]:
-    """The advisory lock of a folder, which the system drops when its holder dies.
-
-    Yields:
-        Whether it is held: a shared one is waited for, an exclusive one is not. True also where the file
-        system knows no locks.
-    """
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
-    finally:
-        os.close(handle)
 
 
 def read_thumbnail(path: Path) -> bytes | None:

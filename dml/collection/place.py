@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dml.collection.lock import LOCK, WriterLock
+from dml.collection.lock import LOCK, WriterLock, folder_lock
 from dml.errors import CollectionError
 from dml.storage import flush_to_disk
 
@@ -40,15 +40,8 @@ def discarded(out: Path) -> Path:
 @contextmanager
 def turn(folder: Path) -> Iterator[None]:
     """One at a time makes, renames or clears what lies beside a collection; others wait, for moments."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks on folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with folder_lock(folder):
         yield
-    finally:
-        os.close(descriptor)  # drops the lock
 
 
 def put_into_place(out: Path, *, overwrite: bool) -> None:

@@ -246,7 +246,14 @@ LEAST_RESULTS = 10
 """A search for fewer results looks as hard as one for so many."""
 
 
-class FaissPqIndex(FaissIvfIndex):
+class OneCell(FaissIvfIndex):
+    """Codes without cells: those of all vectors that may be returned are compared, then the best truly."""
+
+    def _raised(self, effort: int, share: float) -> int:
+        return effort  # a filter leaves as many to choose from as are looked at
+
+
+class FaissPqIndex(OneCell):
     """Every vector is compared by its code: pieces of a few numbers, 4 bits each, in registers. Approximate.
 
     Quick to build and small: pieces / 2 + 8 bytes per vector, and the vector at its precision. The time of a
@@ -286,11 +293,8 @@ class FaissPqIndex(FaissIvfIndex):
     def settings(self) -> dict[str, Any]:
         return {"pieces": self.pieces, "effort": self.effort, "precision": self.precision}
 
-    def _raised(self, effort: int, share: float) -> int:
-        return effort  # all codes of those that may be returned are compared
 
-
-class FaissRabitqIndex(FaissIvfIndex):
+class FaissRabitqIndex(OneCell):
     """Every vector is compared by its signs after a random rotation, with bounds on the error. Approximate.
 
     Learns next to nothing, so it is the quickest to build: bits · D / 8 + 16 bytes per vector, and the vector
@@ -323,9 +327,6 @@ class FaissRabitqIndex(FaissIvfIndex):
 
     def settings(self) -> dict[str, Any]:
         return {"bits": self.bits, "effort": self.effort, "precision": self.precision}
-
-    def _raised(self, effort: int, share: float) -> int:
-        return effort  # all codes of those that may be returned are compared
 
 
 def pieces_for(codes: str, dim: int) -> int:

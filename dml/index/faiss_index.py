@@ -216,9 +216,7 @@ class FaissIndex:
         Raises:
             KeyError: an id that is not here.
         """
-        slots = self.rows.find(np.asarray(ids, np.int64))
-        if len(slots) and slots.min() < 0:
-            raise KeyError(f"id {np.asarray(ids)[slots < 0][0]} is not in the index")
+        slots = self.rows.slots_of(ids)
         return np.array(self._vectors()[slots]) if len(slots) else np.empty((0, self.dim), np.float32)
 
     def search(

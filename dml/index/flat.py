@@ -138,10 +138,7 @@ class FlatIndex:
         return search_exactly(queries, self.vectors, self.rows.ids, k=k, slots=slots)
 
     def vectors_of(self, ids: Ids) -> Vectors:
-        slots = self.rows.find(np.asarray(ids, np.int64))
-        if len(slots) and slots.min() < 0:
-            raise KeyError(f"id {np.asarray(ids)[slots < 0][0]} is not in the index")
-        return self.vectors[slots]
+        return self.vectors[self.rows.slots_of(ids)]
 
     @property
     def nbytes(self) -> int:

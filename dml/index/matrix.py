@@ -118,10 +118,7 @@ class MatrixIndex:
         return twin
 
     def vectors_of(self, ids: Ids) -> Vectors:
-        slots = self.rows.find(np.asarray(ids, np.int64))
-        if len(slots) and slots.min() < 0:
-            raise KeyError(f"id {np.asarray(ids)[slots < 0][0]} is not in the index")
-        return self._kept[slots]
+        return self._kept[self.rows.slots_of(ids)]
 
     def search(
         self,
@@ -136,8 +133,7 @@ class MatrixIndex:
         queries = check_vectors(queries, self.dim, "the query")
         slots = None
         if allowed is not None:
-            slots = self.rows.find(np.unique(np.asarray(allowed, np.int64)))
-            slots = slots[slots >= 0]
+            slots = self.rows.living_slots(allowed)
         elif self.rows.live < len(self.rows):
             slots = self.rows.living()
         count = len(self.rows) if slots is None else len(slots)

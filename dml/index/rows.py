@@ -54,6 +54,14 @@ class Rows:
         slots = self.find(ids)
         return slots[slots >= 0]
 
+    def slots_of(self, ids: Ids) -> NDArray[np.int64]:
+        """The living slots of these ids, in their order. Raises KeyError for one that is not here."""
+        ids = np.asarray(ids, np.int64)
+        slots = self.find(ids)
+        if len(slots) and slots.min() < 0:
+            raise KeyError(f"id {ids[slots < 0][0]} is not in the index")
+        return slots
+
     def _order(self) -> NDArray[np.int64] | None:
         """Slots in the order of their ids; None when they are so already (a catalogue's rows always are)."""
         if self._ascending:
