@@ -9,8 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from service.memory import Drawer
-from service.state import Section
+from service.state import Drawer, Section, State, StateFile
 
 SECTION = Section(
     "aliases",
@@ -31,13 +30,13 @@ class Aliases:
     """The aliases in a state folder. Any thread may ask; it costs microseconds.
 
     Args:
-        folder: the state folder.
+        state: the state file that is shared, or the state folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._drawer = Drawer(folder, SECTION)
+    def __init__(self, state: StateFile | Path) -> None:
+        self._drawer = Drawer(state, SECTION)
         self._lock = threading.Lock()
-        self._moment: tuple[int, int] | None = None
+        self._moment: tuple[State, int] | None = None
         self._rows: list[tuple[str, str]] = []
 
     def current(self, places: Mapping[str, str]) -> dict[str, str]:
@@ -54,7 +53,7 @@ class Aliases:
         if state is None:
             return []
         with self._lock:
-            moment = (id(state), state.moment())
+            moment = (state, state.moment())
             if moment != self._moment:
                 with state.reading() as db:
                     self._rows = db.execute("SELECT alias, place FROM aliases ORDER BY at").fetchall()

@@ -32,6 +32,7 @@ from service.middleware import Envelope
 from service.remembered import Remembered
 from service.routes import ROUTERS
 from service.settings import Settings
+from service.state import StateFile
 
 DESCRIPTION = (
     "What looks like this? Collections of pictures, searched by example. Errors are RFC 9457 problems."
@@ -43,7 +44,7 @@ def create_app(
     settings: Settings | None = None,
     *,
     keys: Keys | None = None,
-    state: Path | None = None,
+    state: StateFile | Path | None = None,
     on_ready: Callable[[Engine], None] = lambda engine: None,
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
@@ -54,8 +55,8 @@ def create_app(
             answered 503 "not-ready".
         settings: limits and switches; left out, an engine's own, else the defaults.
         keys: the API keys. None: everybody who reaches the service may do everything.
-        state: folder for what is to outlive the service: jobs, answers to repeated writes, aliases,
-            feedback. None: a folder for the time of this app.
+        state: file, or its folder, for what is to outlive the service: jobs, answers to repeated writes,
+            aliases, feedback. None: a folder for the time of this app.
         on_ready: called once the engine is there.
         on_failure: called when it cannot be made; without it, the service stays up and not ready.
     """
@@ -63,7 +64,7 @@ def create_app(
     make = None if isinstance(engine, Engine) else engine
     settings = settings or (ready.settings if ready else Settings())
     passing = Path(tempfile.gettempdir()) / f"dml-state-{uuid.uuid4().hex}" if state is None else None
-    memory = Remembered(passing or state or Path())
+    memory = Remembered(state or passing or Path())
     pool = WorkerPool(settings.workers, settings.queue, deadline_seconds=settings.deadline_seconds)
 
     @asynccontextmanager

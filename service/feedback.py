@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.memory import Drawer
-from service.state import Section
+from service.state import Drawer, Section, StateFile
 
 SECTION = Section(
     "feedback",
@@ -52,11 +51,11 @@ class Feedback:
     """The judgements in a state folder. Any thread may ask.
 
     Args:
-        folder: the state folder.
+        state: the state file that is shared, or the state folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._drawer = Drawer(folder, SECTION)
+    def __init__(self, state: StateFile | Path) -> None:
+        self._drawer = Drawer(state, SECTION)
 
     def add(self, place: str, query_id: str, item: str, *, relevant: bool, key: str | None) -> None:
         """Keep a judgement; durable on return. Raises StorageError.

@@ -27,9 +27,9 @@ from typing import Any
 from dml.collection.derive import Stopped
 from dml.errors import DmlError
 from service.batching import QueueFull
-from service.memory import Conflict, Drawer, UnknownJob
+from service.memory import Conflict, UnknownJob
 from service.problems import Problem, body_of, problem_of
-from service.state import Section
+from service.state import Drawer, Section, StateFile
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Jobs:
     """The jobs in a state folder, and the threads that do those of this process.
 
     Args:
-        folder: the state folder.
+        state: the state file that is shared, or the state folder.
         workers: jobs that run at a time.
         most: jobs of this process that may be queued or running.
 
@@ -134,8 +134,8 @@ class Jobs:
         StorageError, DamagedFile, UsageError: by every method, when the state cannot be used.
     """
 
-    def __init__(self, folder: Path, *, workers: int = 2, most: int = 8) -> None:
-        self._drawer, self._most = Drawer(folder, SECTION), most
+    def __init__(self, state: StateFile | Path, *, workers: int = 2, most: int = 8) -> None:
+        self._drawer, self._most = Drawer(state, SECTION), most
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="dml-job")
         self._lock = threading.Lock()
         self._live: dict[str, Control] = {}

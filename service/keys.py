@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dml.errors import ConfigError, UsageError
 from service.limits import Rate
-from service.state import FILE, Section, State
+from service.state import Drawer, Section, State, StateFile
 
 SECTION = Section(
     "keys",
@@ -104,18 +104,18 @@ class Keys:
     A service without keys may come before its state folder does, so reading makes no files.
 
     Args:
-        folder: the state folder.
+        state: the state file that is shared, or the state folder.
 
     Raises:
         StorageError, DamagedFile, UsageError: by every method, as `State` does.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, state: StateFile | Path) -> None:
+        self._drawer = Drawer(state, SECTION)
+        self.folder = self._drawer.folder
         self._lock = threading.Lock()
-        self._state: State | None = None
         self._known: dict[str, Key] = {}
-        self._moment: int | None = None
+        self._moment: tuple[State, int] | None = None
 
     def add(
         self, name: str, *, scope: Scope, lifetime: timedelta | None = None, rate: Rate | None = None
@@ -134,7 +134,7 @@ class Keys:
         text = f"dml_{id}_{base64.b32encode(secrets.token_bytes(32)).decode().rstrip('=').lower()}"
         expires = now + lifetime.total_seconds() if lifetime else None
         row = (id, name, str(scope), digest_of(text), now, expires, None, str(rate) if rate else None)
-        with self._lock, self._opened().writing() as db:
+        with self._drawer.made().writing() as db:
             if db.execute("SELECT 1 FROM keys WHERE name = ? AND revoked IS NULL", (name,)).fetchone():
                 raise UsageError(
                     f'There is a key "{name}" already. Choose another name, so that both can be told apart '
@@ -150,21 +150,16 @@ class Keys:
             UsageError: there is no such key.
         """
         newest_first = "ORDER BY revoked IS NULL DESC, created DESC"
-        with self._lock:
-            state = self._open_if_there()
-            if state is not None:
-                with state.writing() as db:
-                    found = db.execute(
-                        f"SELECT id FROM keys WHERE id = ? OR name = ? {newest_first}", (name, name)
-                    ).fetchone()
-                    if found is not None:
-                        now = time.time()
-                        db.execute(
-                            "UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (now, *found)
-                        )
-                        return key_of(
-                            db.execute(f"SELECT {COLUMNS} FROM keys WHERE id = ?", found).fetchone()
-                        )
+        state = self._drawer.if_there()
+        if state is not None:
+            with state.writing() as db:
+                found = db.execute(
+                    f"SELECT id FROM keys WHERE id = ? OR name = ? {newest_first}", (name, name)
+                ).fetchone()
+                if found is not None:
+                    now = time.time()
+                    db.execute("UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (now, *found))
+                    return key_of(db.execute(f"SELECT {COLUMNS} FROM keys WHERE id = ?", found).fetchone())
         raise UsageError(f'There is no key "{name}" in {self.folder}. `dml keys list` shows those there are.')
 
     def list(self) -> list[Key]:
@@ -191,36 +186,21 @@ class Keys:
         self.close()
 
     def close(self) -> None:
-        with self._lock:
-            if self._state is not None:
-                self._state.close()
-            self._state, self._moment, self._known = None, None, {}
+        self._drawer.close()
 
     def _current(self) -> dict[str, Key]:
-        """id -> key, read again when anything was written since the last time."""
+        """id -> key, read again when anything was written since the last time, or another file is there."""
         with self._lock:
-            state = self._open_if_there()
+            state = self._drawer.if_there()
             if state is None:
                 return {}
-            moment = state.moment()
+            moment = (state, state.moment())
             if moment != self._moment:
                 with state.reading() as db:
                     rows = db.execute(f"SELECT {COLUMNS} FROM keys").fetchall()
                 self._known = {row[0]: key_of(row) for row in rows}
                 self._moment = moment
             return self._known
-
-    def _open_if_there(self) -> State | None:
-        """The state; None when there is no file. A file that took another's place is opened instead of it."""
-        if self._state is not None and not self._state.is_current():
-            self._state.close()
-            self._state, self._moment, self._known = None, None, {}
-        return self._opened() if self._state is not None or (self.folder / FILE).exists() else None
-
-    def _opened(self) -> State:
-        if self._state is None:
-            self._state = State(self.folder, SECTION)
-        return self._state
 
 
 def id_of(text: str) -> str | None:

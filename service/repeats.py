@@ -29,9 +29,9 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from dml.errors import DmlError
-from service.memory import Drawer, IdempotencyConflict
+from service.memory import IdempotencyConflict
 from service.problems import Problem
-from service.state import Section
+from service.state import Drawer, Section, StateFile
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +86,11 @@ class Repeats:
     """The answers that are kept in a state folder.
 
     Args:
-        folder: the state folder.
+        state: the state file that is shared, or the state folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._drawer = Drawer(folder, SECTION)
+    def __init__(self, state: StateFile | Path) -> None:
+        self._drawer = Drawer(state, SECTION)
         self._lock = threading.Lock()
         self._under_way: dict[tuple[str, str], bytes] = {}
         self.service = ""

@@ -23,7 +23,7 @@ from service.app import create_app
 from service.engine import Engine
 from service.keys import Keys
 from service.settings import Settings
-from service.state import default_folder
+from service.state import StateFile, default_folder
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK = 1024 * 1024
@@ -68,8 +68,8 @@ def serve(
     """
     settings = settings or Settings()
     settings = replace(settings, allow_hosts=hosts_of(host, settings.allow_hosts))
-    state = state or default_folder()
-    keys = Keys(state)
+    remembered = StateFile(state or default_folder())
+    keys = Keys(remembered)
     check_address(host, insecure=insecure, keys=keys)
     check_paths(paths, data)
     configure_logs(settings)
@@ -87,14 +87,14 @@ def serve(
             lambda: Engine.open(paths, runtime=runtime, settings=settings, data=data, encoders=encoders),
             settings,
             keys=keys,
-            state=state,
+            state=remembered,
             on_ready=lambda engine: announce(greeting(engine, address, keys_needed=keys.any())),
             on_failure=fail,
         )
         server = uvicorn.Server(server_config(app, settings, proxies=proxies))
         with signals_only_end_the_server():
             server.run(sockets=[listening])
-    keys.close()
+    remembered.close()
     if failures:
         raise failures[0]
 
@@ -191,9 +191,17 @@ def check_paths(paths: Sequence[Path], data: Path | None = None) -> None:
             "Name at least one collection folder to serve (`dml index build` makes one), or a folder for "
             "collections with --data."
         )
+    named: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
-            raise UnknownCollection(f"There is no collection folder {path}. `dml index build` makes one.")
+            raise UnknownCollection(
+                f"There is no collection folder {path}. `dml index build FOLDER --encoder RUN --out {path}` "
+                f"makes one."
+            )
+        first = named.setdefault(path.resolve(), path)
+        if first is not path:
+            same = f"{path}" if path == first else f"{path} and {first} are one folder, which"
+            raise UsageError(f"{same} is named twice; name every collection once.")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -6,7 +6,8 @@
     keys …      the tables of the parts; a table is called as its section, or begins with its name and "_"
 
 A part of the service declares its tables as a `Section`, with the steps that lead from one version of them to
-the next, so that a new part joins without a change here. API keys are the first (`service.keys`).
+the next, so that a new part joins without a change here. API keys are the first (`service.keys`). All parts
+share one `StateFile`, and with it two connections: what they remember costs the same however many they are.
 
 Several processes may have the file open: `dml keys` changes it while services run. It is written in WAL mode
 with synchronous=FULL, so a change is on the disk before it is acknowledged, and readers never wait. Only the
@@ -60,7 +61,7 @@ class State:
 
     Args:
         folder: the state folder; made, for its owner only, when it is not there.
-        section: whose tables are to be there; made, or brought to the newest version, on opening.
+        sections: whose tables are to be there, see `prepare`.
 
     Raises:
         StorageError: the folder or the file cannot be written.
@@ -68,23 +69,25 @@ class State:
         UsageError: it was written by a newer version.
     """
 
-    def __init__(self, folder: Path, section: Section) -> None:
+    def __init__(self, folder: Path, *sections: Section) -> None:
         self.path = folder / FILE
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        self._written = 0
+        self._prepared: set[str] = set()
         with explained(self.path):
             create_private(self.path)
             self._inode = self.path.stat().st_ino
             self._writer = connect(self.path)
             try:
-                self._prepare(section)
+                self._make()
+                for section in sections:
+                    self.prepare(section)
                 self._reader = connect(self.path)
             except BaseException:
                 self._writer.close()
                 raise
 
-    def _prepare(self, section: Section) -> None:
-        """Make or migrate. One transaction: SQLite undoes changes of tables as well, so no copy is needed."""
+    def _make(self) -> None:
+        """Make the file what it is to be. Raises DamagedFile, UsageError for one that is something else."""
         self._writer.execute("PRAGMA journal_mode = WAL")
         with self.writing() as db:
             mark, version = (
@@ -100,6 +103,19 @@ class State:
                 raise DamagedFile(f"{self.path} is a database of something else. Name another state folder.")
             elif version > VERSION:
                 raise self._too_new(f"format {version}", f"format {VERSION}")
+
+    def prepare(self, section: Section) -> None:
+        """Have the tables of a section there: made, or brought to their newest version.
+
+        One transaction: SQLite undoes changes of tables as well, so no copy is needed.
+
+        Raises:
+            UsageError: they were written by a newer version.
+            StorageError, DamagedFile
+        """
+        if section.name in self._prepared:
+            return
+        with self.writing() as db:
             found = db.execute("SELECT version FROM sections WHERE name = ?", (section.name,)).fetchone()
             reached, newest = found[0] if found else 0, len(section.steps)
             if reached > newest:
@@ -109,6 +125,7 @@ class State:
                     db.execute(statement)
             if reached < newest:
                 db.execute("REPLACE INTO sections VALUES (?, ?)", (section.name, newest))
+        self._prepared.add(section.name)
 
     def _too_new(self, found: str, known: str) -> UsageError:
         return UsageError(
@@ -148,8 +165,92 @@ class State:
             return False
 
     def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
+        """Let go of the file, when those who read or write it this moment have ended."""
+        with self._writing, self._reading:
+            self._reader.close()
+            self._writer.close()
+
+
+class StateFile:
+    """The state of a folder, opened once for all parts of the service, by the first that needs it.
+
+    Args:
+        folder: the state folder; nothing is made there before something is to be remembered.
+
+    Raises:
+        StorageError, DamagedFile, UsageError: by every method, as `State` does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._state: State | None = None
+
+    def if_there(self, section: Section) -> State | None:
+        """The state with the tables of a section; None when nothing was ever written.
+
+        A file that took another's place, as one restored from a backup does, is opened instead of it.
+        """
+        with self._lock:
+            if self._state is not None and not self._state.is_current():
+                self._state.close()
+                self._state = None
+            if self._state is None and not (self.folder / FILE).exists():
+                return None
+            return self._opened(section)
+
+    def made(self, section: Section) -> State:
+        """The state with the tables of a section; made when it is not there."""
+        found = self.if_there(section)
+        if found is not None:
+            return found
+        with self._lock:
+            return self._opened(section)
+
+    def _opened(self, section: Section) -> State:
+        if self._state is None:
+            self._state = State(self.folder)
+        self._state.prepare(section)
+        return self._state
+
+    def close(self) -> None:
+        with self._lock:
+            if self._state is not None:
+                self._state.close()
+            self._state = None
+
+
+class Drawer:
+    """The tables of one section. Any thread may ask.
+
+    Args:
+        file: the state that all parts share; a folder: one that this part opens, and closes, for itself.
+        section: whose tables.
+
+    Raises:
+        StorageError, DamagedFile, UsageError: by every method, as `State` does.
+    """
+
+    def __init__(self, file: StateFile | Path, section: Section) -> None:
+        self._own = isinstance(file, Path)
+        self._file = StateFile(file) if isinstance(file, Path) else file
+        self._section = section
+
+    @property
+    def folder(self) -> Path:
+        return self._file.folder
+
+    def if_there(self) -> State | None:
+        """The tables; None when nothing was ever written."""
+        return self._file.if_there(self._section)
+
+    def made(self) -> State:
+        """The tables; made when they are not there."""
+        return self._file.made(self._section)
+
+    def close(self) -> None:
+        if self._own:
+            self._file.close()
 
 
 def create_private(path: Path) -> None:

@@ -18,7 +18,8 @@ from dml.cli.keys import app
 from dml.errors import ConfigError, DamagedFile, StorageError, UsageError
 from service.keys import KEY, Key, Keys, Scope, parse_lifetime
 from service.limits import MOST_REQUESTS, Limiter, Rate, Windows
-from service.state import FILE, Section, State
+from service.remembered import Remembered
+from service.state import FILE, Section, State, StateFile
 
 DAY = timedelta(days=1)
 
@@ -118,6 +119,27 @@ def test_parts_that_open_the_state_one_after_the_other_keep_each_other_s_locks(k
     command("revoke", "first")
     assert [key.state() for key in keys.list()] == ["revoked", "usable"]
     jobs.close()
+
+
+def test_all_parts_of_a_service_share_one_opening_of_the_state(tmp_path):
+    """Two connections, however many parts there are; and `dml keys` of another process is seen at once."""
+
+    file = StateFile(tmp_path / "state")
+    keys, memory = Keys(file), Remembered(file)
+    text, _ = keys.add("shop", scope=Scope.SEARCH)
+    memory.aliases.switch("shop", "/data/shoes", {"/data/shoes": "shoes"})
+    memory.feedback.add("/data/shoes", "q", "a", relevant=True, key="shop")
+    assert memory.jobs.newest(["/data/shoes"]) == []
+    if Path("/proc/self/fd").is_dir():
+        held = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        assert held.count(os.path.realpath(file.folder / FILE)) == 2
+    command = [sys.executable, "-m", "dml", "keys", "revoke", "shop", "--state", str(file.folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert keys.find(text) is None
+    assert memory.aliases.current({"/data/shoes": "shoes"}) == {"shop": "shoes"}
+    memory.close()
+    assert keys.any(), "a part that ends leaves the file open to the others"
+    file.close()
 
 
 def test_a_state_that_was_replaced_is_read_anew(keys, tmp_path):
