@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, TypeVar
+from contextvars import ContextVar, copy_context
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dml.errors import DmlError
+from dml.stages import spent, stage
 
 T = TypeVar("T")
 _answer_by: ContextVar[float | None] = ContextVar("answer_by", default=None)
@@ -69,17 +70,16 @@ class WorkerPool:
                     f"{self._taken} requests are already running or waiting; try again in a moment"
                 )
             self._taken += 1
-        answer_by = time.monotonic() + self._deadline
+        asked = time.monotonic()
+        context = copy_context()  # what times the request goes along
+        context.run(_answer_by.set, asked + self._deadline)
 
         def timed() -> T:
-            token = _answer_by.set(answer_by)
-            try:
-                return task()
-            finally:
-                _answer_by.reset(token)
+            spent("queue", time.monotonic() - asked)
+            return task()
 
         try:
-            future = self._executor.submit(timed)
+            future = self._executor.submit(context.run, timed)
         except BaseException:
             self._release(None)
             raise
@@ -131,9 +131,11 @@ class Budget:
             self._line.append(place)
             try:
                 # In order: a large one would wait for ever if small ones could always slip past it.
-                if not self._changed.wait_for(
-                    lambda: self._line[0] is place and self._taken + amount <= self._whole, remaining()
-                ):
+                with stage("queue"):
+                    mine = self._changed.wait_for(
+                        lambda: self._line[0] is place and self._taken + amount <= self._whole, remaining()
+                    )
+                if not mine:
                     raise DeadlineExceeded("too much is being decoded; the picture did not get its turn")
                 self._taken += amount
             finally:
@@ -151,6 +153,14 @@ def remaining() -> float | None:
     """Seconds until nobody waits any longer for what this thread does; None outside a pool."""
     answer_by = _answer_by.get()
     return None if answer_by is None else max(0.0, answer_by - time.monotonic())
+
+
+class Done(NamedTuple):
+    """The result of one row, and when the call that made it ran (time.monotonic)."""
+
+    row: NDArray[Any]
+    begun: float
+    ended: float
 
 
 class Batcher:
@@ -174,9 +184,7 @@ class Batcher:
         observe: Callable[[int], None] = lambda size: None,
     ) -> None:
         self._function, self._max_batch, self._observe = function, max_batch, observe
-        self._waiting: queue.SimpleQueue[tuple[NDArray[Any], Future[NDArray[Any]]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._waiting: queue.SimpleQueue[tuple[NDArray[Any], Future[Done]] | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="dml-batcher", daemon=True)
@@ -184,13 +192,18 @@ class Batcher:
 
     def __call__(self, rows: NDArray[Any]) -> NDArray[Any]:
         """The function's result for these rows (N, …); blocks until it is there."""
-        futures: list[Future[NDArray[Any]]] = [Future() for _ in rows]
+        futures: list[Future[Done]] = [Future() for _ in rows]
+        asked = time.monotonic()
         with self._closing:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             for row, future in zip(rows, futures, strict=True):
                 self._waiting.put((row, future))
-        return np.stack([future.result() for future in futures])
+        done = [future.result() for future in futures]
+        if done:
+            spent("queue", done[0].begun - asked)
+            spent("inference", done[-1].ended - done[0].begun)
+        return np.stack([each.row for each in done])
 
     def close(self) -> None:
         """Finish what waits, then stop."""
@@ -213,13 +226,15 @@ class Batcher:
             if last:
                 return
 
-    def _answer(self, batch: list[tuple[NDArray[Any], Future[NDArray[Any]]]]) -> None:
+    def _answer(self, batch: list[tuple[NDArray[Any], Future[Done]]]) -> None:
+        begun = time.monotonic()
         try:
             results = self._function(np.stack([row for row, _ in batch]))
         except Exception as error:
             for _, future in batch:
                 future.set_exception(error)
             return
+        ended = time.monotonic()
         self._observe(len(batch))
         for (_, future), result in zip(batch, results, strict=True):
-            future.set_result(result)
+            future.set_result(Done(result, begun, ended))

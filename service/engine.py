@@ -34,6 +34,7 @@ from dml.errors import (
     VectorError,
 )
 from dml.imaging import probe
+from dml.stages import stage
 from service.batching import Batcher, Budget
 from service.folders import Folder
 from service.memory import ConditionFailed, Conflict
@@ -190,7 +191,6 @@ class Model:
 class Observers:
     """Whom the engine tells about its work; the service puts its metrics here."""
 
-    stage: Callable[[str, float], None] = field(default=lambda stage, seconds: None)
     batch: Callable[[int], None] = field(default=lambda size: None)
 
 
@@ -226,14 +226,14 @@ class Engine:
         self._turns: dict[str, threading.RLock] = {}
         self._sizes: dict[str, int] = {}
         self._encoders = {encoder.fingerprint: encoder for encoder in encoders}
-        self._batchers = {
-            fingerprint: Batcher(
-                encoder.embed_arrays,
-                max_batch=self.settings.max_batch,
-                observe=lambda size: self.observers.batch(size),
-            )
-            for fingerprint, encoder in self._encoders.items()
-        }
+        self._batchers = {f: self._batcher(encoder) for f, encoder in self._encoders.items()}
+
+    def _batcher(self, encoder: ImageEncoder) -> Batcher:
+        return Batcher(
+            encoder.embed_arrays,
+            max_batch=self.settings.max_batch,
+            observe=lambda size: self.observers.batch(size),
+        )
 
     @classmethod
     def open(
@@ -258,8 +258,10 @@ class Engine:
         from service.folders import open_all
 
         settings = settings or Settings()
-        folder = None if data is None else Folder(data)
+        folder = None if data is None else Folder(data, runtime=runtime)
         found = [] if folder is None else folder.collections(tidy=not settings.read_only)
+        named = {path.resolve() for path in paths}
+        found = [path for path in found if path.resolve() not in named]
         collections, known = open_all([*paths, *found], encoders, runtime=runtime, settings=settings)
         engine = cls(collections, known.values(), settings=settings, folder=folder)
         try:
@@ -271,11 +273,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run every encoder and every index once, so that the first request is as quick as the next."""
-        from PIL import Image as pillow
-
         for fingerprint, encoder in self._encoders.items():
-            blank = encoder.preprocess(pillow.new("RGB", (64, 64), (127, 127, 127)))
-            self._batchers[fingerprint](blank[None])
+            _embed_once(encoder, self._batchers[fingerprint])
         for collection in self._collections.values():
             collection.search(np.eye(1, collection.dim, dtype=np.float32), limit=1)
 
@@ -394,7 +393,7 @@ class Engine:
         most = self.settings.max_pixels
         try:
             width, height = probe(image, max_pixels=most)
-            with self.decoding.take(width * height):
+            with stage("decode"), self.decoding.take(width * height):
                 encoder = self._encoders[fingerprint]
                 return encoder.preprocess(encoder.decode(image, max_pixels=most))
         except InvalidImage as error:
@@ -407,10 +406,7 @@ class Engine:
 
     def _embed_for(self, collection: Collection, image: bytes) -> Vector:
         self._check_encoder(collection)
-        started = time.perf_counter()
-        vector = self.embed([image], model=collection.fingerprint)[1][0]
-        self.observers.stage("embed", time.perf_counter() - started)
-        return vector
+        return self.embed([image], model=collection.fingerprint)[1][0]
 
     def _check_encoder(self, collection: Collection) -> None:
         """Raises NotAvailable."""
@@ -429,7 +425,7 @@ class Engine:
             UnknownCollection, UnknownItem, InvalidImage, VectorError, DimensionMismatch, NotAvailable
             FilterInvalid, CursorInvalid, CursorExpired, UsageError
         """
-        with self.using(name) as collection:
+        with stage("search"), self.using(name) as collection:
             return self._search(collection, search)
 
     def _search(self, collection: Collection, search: Search) -> Answer:
@@ -453,7 +449,6 @@ class Engine:
             cursor=search.cursor,
         )
         ended = time.perf_counter()
-        self.observers.stage("search", ended - embedded)
         return Answer(
             query_id=uuid.uuid4().hex,
             collection=self._name_of(collection),
@@ -510,7 +505,7 @@ class Engine:
             if (image is None) == (vector is None):
                 raise UsageError(f'The item "{id}" needs either a picture or a vector, and not both.')
             row = self._row_of(collection, image, vector)
-            with turn:
+            with stage("write"), turn:
                 check(collection, id, condition)
                 [created] = collection.add([NewItem(id, row, dict(payload or {}), image=image)])
                 return Written(id, created, collection.get([id])[0].sequence)
@@ -578,7 +573,7 @@ class Engine:
     ) -> list[Written | DmlError]:
         good = [(item, row) for item, row in zip(items, rows, strict=True) if not isinstance(row, DmlError)]
         new = [NewItem(item.id, row, dict(item.payload), image=item.image) for item, row in good]
-        with turn:
+        with stage("write"), turn:
             created = collection.add(new) if new else []
             written = collection.get([item.id for item in new]) if new else []
         answers = iter([Written(w.id, c, w.sequence) for w, c in zip(written, created, strict=True)])
@@ -597,25 +592,25 @@ class Engine:
             ConditionFailed: nothing was written.
             ReadOnly, UnknownCollection, UnknownItem, StorageError
         """
-        with self._writing(name) as (collection, turn), turn:
+        with self._writing(name) as (collection, turn), stage("write"), turn:
             check(collection, id, condition)
             return collection.update_payload(id, changes, max_bytes=self.settings.max_payload_bytes)
 
     def delete(self, name: str, id: str, *, condition: Condition | None = None) -> None:
         """Forget an item. Raises UnknownItem when it is not there, ConditionFailed."""
-        with self._writing(name) as (collection, turn), turn:
+        with self._writing(name) as (collection, turn), stage("write"), turn:
             check(collection, id, condition)
             if not collection.delete([id]):
                 raise UnknownItem(f'There is no item "{id}" in the collection "{name}".')
 
     def delete_many(self, name: str, ids: Sequence[str]) -> int:
         """Forget these items; how many were there."""
-        with self._writing(name) as (collection, turn), turn:
+        with self._writing(name) as (collection, turn), stage("write"), turn:
             return collection.delete(ids)
 
     def delete_matching(self, name: str, filter: FilterLike) -> int:
         """Forget the items that pass a filter; how many there were. Raises FilterInvalid for an empty one."""
-        with self._writing(name) as (collection, turn), turn:
+        with self._writing(name) as (collection, turn), stage("write"), turn:
             return collection.delete_matching(filter)
 
     def scroll(
@@ -701,6 +696,37 @@ class Engine:
             self._collections = {**self._collections, name: made}
             return True
 
+    def adopt(self, name: str) -> bool:
+        """Serve a collection that was put into the folder of this service after its start; False: there is
+        none, or it is served already. It and its encoder answer once before anybody else can ask them.
+
+        Raises:
+            Conflict: an alias of this name, or the collection has another.
+            NotAvailable: the service has no folder for collections.
+            ReadOnly, CollectionError, EncoderError, StorageError
+        """
+        with self._changing:
+            folder = self._own_folder(name)
+            if name in self._collections or not folder.holds(name):
+                return False
+            if name in self.alias_of():
+                raise Conflict(f'"{name}" is an alias. Delete it first, or choose another name.')
+            found, encoders = folder.open(name, self._encoders, settings=self.settings)
+            new = {f: self._batcher(e) for f, e in encoders.items() if f not in self._encoders}
+            try:
+                for fingerprint, batcher in new.items():
+                    _embed_once(encoders[fingerprint], batcher)
+                found.search(np.eye(1, found.dim, dtype=np.float32), limit=1)
+            except BaseException:
+                for batcher in new.values():
+                    batcher.close()
+                found.close()
+                raise
+            self._batchers = {**self._batchers, **new}
+            self._encoders = encoders
+            self._collections = {**self._collections, name: found}
+            return True
+
     def remove(self, name: str, *, seconds: float = 10.0) -> str:
         """Delete a collection with all that is in it, when the requests that use it have ended; its place.
 
@@ -741,6 +767,13 @@ class Engine:
                 "dml serve --data FOLDER."
             )
         return self.folder
+
+
+def _embed_once(encoder: ImageEncoder, batcher: Batcher) -> None:
+    from PIL import Image as pillow
+
+    blank = encoder.preprocess(pillow.new("RGB", (64, 64), (127, 127, 127)))
+    batcher(blank[None])
 
 
 def check(collection: Collection, id: str, condition: Condition | None) -> None:

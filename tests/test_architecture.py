@@ -10,7 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"dml.errors"},
-    {"dml.registry", "dml.config", "dml.imaging", "dml.startup", "dml.storage", "dml.checksums"},
+    {
+        "dml.registry",
+        "dml.config",
+        "dml.imaging",
+        "dml.stages",
+        "dml.startup",
+        "dml.storage",
+        "dml.checksums",
+    },
     {"dml.data", "dml.losses", "dml.models", "dml.index", "dml.metrics", "dml.client"},
     {"dml.encoder"},
     {"dml.collection"},

@@ -23,6 +23,7 @@ from dml.collection.generation import Generation
 from dml.collection.row_sets import RowSets
 from dml.errors import FilterInvalid, UsageError
 from dml.index.base import Hits, Ids, Vectors, no_hits
+from dml.stages import stage
 
 FEW = 10_000
 FEW_SHARE = 0.03
@@ -265,11 +266,12 @@ class Searcher:
 
     def items(self, rows: Collection[int]) -> dict[int, Item]:
         """row -> item, with its vector where the query wants it."""
-        items = sql.items_by_row(self.db, rows)
-        if self.query.with_vector:
-            stored = sql.vectors_of(self.db, rows)
-            items = {row: replace(item, vector=stored[row]) for row, item in items.items()}
-        return items
+        with stage("payload"):
+            items = sql.items_by_row(self.db, rows)
+            if self.query.with_vector:
+                stored = sql.vectors_of(self.db, rows)
+                items = {row: replace(item, vector=stored[row]) for row, item in items.items()}
+            return items
 
 
 def hits_of(
