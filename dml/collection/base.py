@@ -109,6 +109,21 @@ class CollectionInfo:
     manifest: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What changes about a collection while it is in use, cheap enough to be asked for every few seconds."""
+
+    count: int
+    pending: int  # items that were added or changed since the main index was built; searched all the same
+    tombstones: int  # rows that the main index still holds, and that were removed since
+    generation: int
+    index: str  # its kind
+    measured_recall: float | None  # recall@10, when measured
+    promised_recall: float | None  # when there is a promise
+    promise_holds: bool | None  # as last measured; None: no promise, or nothing built yet
+    index_written: float | None  # when the main index was built or merged last, seconds since 1970
+
+
 class PayloadTooLarge(UsageError):
     """A payload with more bytes, as JSON in UTF-8, than the caller allows."""
 
@@ -238,5 +253,9 @@ class Collection(Protocol):
         ...
 
     def info(self) -> CollectionInfo: ...
+
+    def figures(self) -> Figures:
+        """Sizes, generation and recall, as they are now."""
+        ...
 
     def close(self) -> None: ...

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from dml.collection import catalog as sql
 from dml.collection.base import (
     CollectionInfo,
+    Figures,
     FilterLike,
     Item,
     NewItem,
@@ -139,6 +140,9 @@ class LocalCollection:
 
     def info(self) -> CollectionInfo:
         return self._present.info()
+
+    def figures(self) -> Figures:
+        return self._present.figures()
 
     def close(self) -> None:
         """Let go of the files and the lock. Everything acknowledged is already on the disk.

@@ -41,6 +41,12 @@ class Manifest:
         return replace(self, **changes)
 
 
+def promise_of(manifest: Manifest) -> tuple[float | None, bool | None]:
+    """The recall that is promised, and whether the last measurement keeps it; None: nothing to tell."""
+    promise = manifest.index.get("promise") or {}
+    return promise.get("recall"), (manifest.built.get("promise") or {}).get("holds") if promise else None
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put it into the folder in one step. Raises StorageError."""
     with opened_aside(folder / FILE) as file:

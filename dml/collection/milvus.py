@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from dml.collection.base import (
     CollectionInfo,
+    Figures,
     FilterLike,
     Item,
     NewItem,
@@ -42,7 +43,7 @@ from dml.collection.filters import Filter, parse_filter
 from dml.collection.filters_milvus import EVERY, Bounds, all_of, bounds_of, facts_of, listed
 from dml.collection.items import check_item, check_rows, check_unicode, encode_payload
 from dml.collection.manifest import FILE as MANIFEST
-from dml.collection.manifest import Manifest, read_manifest, write_manifest
+from dml.collection.manifest import Manifest, promise_of, read_manifest, write_manifest
 from dml.collection.milvus_rows import check_size, item_of, page, passes, possible
 from dml.collection.milvus_table import (
     FIELDS,
@@ -217,6 +218,21 @@ class MilvusCollection:
             pending=pending,
             bytes_on_disk=sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file()),
             manifest=json.loads((self.path / MANIFEST).read_text(encoding="utf-8")),
+        )
+
+    def figures(self) -> Figures:
+        index = self._table.index()
+        recall, holds = promise_of(self.manifest)
+        return Figures(
+            count=len(self),
+            pending=index["pending"],
+            tombstones=0,  # Milvus does not tell
+            generation=self.generation,
+            index=index["kind"],
+            measured_recall=(self.manifest.built.get("measured") or {}).get("recall_at_10"),
+            promised_recall=recall,
+            promise_holds=holds,
+            index_written=None,
         )
 
     def close(self) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dml.collection import catalog as sql
-from dml.collection.base import CollectionInfo, NewItem, Picture
+from dml.collection.base import CollectionInfo, Figures, NewItem, Picture
 from dml.collection.catalog import Catalog, Change, Written
 from dml.collection.derive import build_snapshot
 from dml.collection.following import from_catalog, from_nothing, replayed
 from dml.collection.generation import Generation
 from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
-from dml.collection.manifest import FORMAT, Manifest, read_manifest, write_manifest
+from dml.collection.manifest import FORMAT, Manifest, promise_of, read_manifest, write_manifest
 from dml.collection.pictures import Pictures
 from dml.collection.snapshots import Snapshots
 from dml.errors import CollectionError, DamagedFile, MissingExtra, ModelMismatch, ReadOnly, StorageError
@@ -109,6 +109,25 @@ class Present:
                 pending=state.pending,
                 bytes_on_disk=bytes_below(self.path),
                 manifest=json.loads((self.path / MANIFEST).read_text(encoding="utf-8")),
+            )
+
+    def figures(self) -> Figures:
+        """What changes about it. Reads no item and no file."""
+        with self.moment() as (_, state):
+            written = None
+            with suppress(OSError):  # none yet, or the writer has just replaced it
+                written = self.snapshots.path(state.base.sequence).stat().st_mtime
+            recall, holds = promise_of(self.manifest)
+            return Figures(
+                count=len(state),
+                pending=len(state.delta),
+                tombstones=state.base.dead + len(state.base.index) - len(state.main),
+                generation=state.sequence,
+                index=str(state.main.describe().get("kind", "unknown")),
+                measured_recall=(state.base.measured or {}).get("recall_at_10"),
+                promised_recall=recall,
+                promise_holds=holds,
+                index_written=written,
             )
 
     def _remember_manifest(self) -> None:
