@@ -625,6 +625,39 @@ def test_readers_in_other_processes_answer_by_the_generation_that_they_name(crea
     print("(answers, generations) of each reader:", *read, "changes:", last)
 
 
+def test_a_reader_that_the_writer_overtakes_looks_again_and_says_nothing(create, reopen, caplog, monkeypatch):
+    rows = unit(7, 40)
+    shop = create(index="flat")
+    shop.add(items(rows[:10]))
+    shop.merge()
+    reader = reopen(read_only=True)
+    snapshots = reader._present.snapshots
+    with reader._present.catalog.reading() as db:
+        assert snapshots.load(db).sequence == 10
+        for n in (10, 20, 30):  # merges that delete what this transaction could have read
+            shop.add(items(rows[n : n + 10], start=n))
+            shop.merge()
+        assert snapshots.load(db) is None
+        assert snapshots.overtaken
+    with reader._present.catalog.reading() as db:
+        assert snapshots.load(db).sequence == 40
+        assert not snapshots.overtaken
+    # deleted between being listed and being read
+    there = snapshots.paths()
+    gone = snapshots.path(39)
+    monkeypatch.setattr(snapshots, "paths", lambda: [gone])
+    with reader._present.catalog.reading() as db:
+        assert snapshots.load(db) is None
+    assert snapshots.overtaken
+    reader._upkeep._adopt(lambda: False)
+    monkeypatch.setattr(snapshots, "paths", lambda: there)
+    reader._upkeep._adopt(lambda: False)
+    assert reader._present.state.base.sequence == 40
+    [result] = reader.search(rows[35][None], limit=1)
+    assert result.hits[0].id == "i35"
+    assert not caplog.records
+
+
 def test_verifying_beside_a_busy_writer_finds_nothing(create, tmp_path):
     shop = create(index="flat")
     done, trouble = threading.Event(), []

@@ -237,12 +237,19 @@ class Present:
 
     # Opening and following
 
-    def _open_state(self) -> Generation:
-        """The newest whole snapshot, brought up to date from the catalogue."""
+    def _open_state(self, overtakings: int = 5) -> Generation:
+        """The newest whole snapshot, brought up to date from the catalogue.
+
+        Args:
+            overtakings: so many times a reader looks again, because the writer replaced what it was to read.
+        """
         with self.catalog.reading() as db:
             base = self.snapshots.load(db)
             if base is not None:
                 return replayed(db, Generation.of(base, self.manifest.dim))
+        if self.snapshots.overtaken and overtakings:
+            return self._open_state(overtakings - 1)
+        with self.catalog.reading() as db:
             if sql.count_items(db) and self.manifest.built:
                 return self._rebuilt(db)
             return from_nothing(db, self.manifest.dim)

@@ -45,6 +45,9 @@ class Snapshots:
         self.fingerprint, self.dim, self.device, self.read_only = fingerprint, dim, device, read_only
         self.unread: list[Path] = []
         """Those that may be sound, and that this process cannot read: nobody replaces them unasked."""
+        self.overtaken = False
+        """Whether the last `load` passed over one because the writer had gone on: it was newer than the
+        reader's transaction, or deleted in the meantime. A later transaction finds another."""
 
     def path(self, sequence: int) -> Path:
         return self.folder / f"{sequence:012d}.index"
@@ -79,7 +82,7 @@ class Snapshots:
         known. What a newer dml wrote, or what cannot be read just now, is passed over and stays.
         """
         sequence, horizon = sql.read_state(db)
-        self.unread = []
+        self.unread, self.overtaken = [], False
         for path in self.paths():
             if int(path.stem) <= newer_than:
                 break
@@ -87,7 +90,8 @@ class Snapshots:
                 header = read_header(path)
                 note, origin = header.note, (header.note.get("fingerprint"), header.dim)
                 if self.read_only and note["sequence"] > sequence:
-                    continue  # the writer has gone on since this reader's moment
+                    self.overtaken = True
+                    continue
                 if origin != (self.fingerprint, self.dim) or not horizon <= note["sequence"] <= sequence:
                     log.warning("%s does not belong to this state of the catalogue; passed over", path)
                     continue
@@ -102,6 +106,9 @@ class Snapshots:
                     dead=note.get("dead", 0),
                 )
             except (DamagedFile, OSError, KeyError) as error:
+                if self.read_only and not path.exists():
+                    self.overtaken = True
+                    continue
                 log.warning("%s; passed over, nothing is lost: the catalogue has everything", error)
                 if not is_damage(path, error):
                     self.unread.append(path)

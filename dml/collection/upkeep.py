@@ -126,6 +126,8 @@ class Upkeep:
             base = snapshots.load(db, newer_than=self._present.state.base.sequence)
             if stop():
                 raise Stopped
+            if base is None and snapshots.overtaken:
+                return  # still due: tried again at once, in a later transaction
             if base is None:
                 raise DamagedFile(f"no index in {snapshots.folder} could be read")
             state = replayed(db, Generation.of(base, self._present.manifest.dim))
@@ -143,8 +145,19 @@ class Upkeep:
             built = extend_snapshot(catalog, state.base, saved, **options)
         else:
             log.info("%s: the merge builds the index anew: %s", self._present.manifest.name, anew)
-            built = build_snapshot(catalog, wanted, **options)
+            built = self._chosen(wanted, stop) or build_snapshot(catalog, wanted, **options)
         return self._install(built, wanted)
+
+    def _chosen(self, wanted: Mapping[str, Any], stop: Stop) -> Built | None:
+        """The index for a promise that has none yet; None: there is no such promise, or nothing keeps it."""
+        if not wanted.get("promise") or wanted["kind"] != "auto":
+            return None
+        promise, device = Promise(**wanted["promise"]), self._present.device
+        try:
+            return build_promised(self._present.catalog, promise, device=device, seed=0, stop=stop)
+        except ConfigError as error:
+            log.warning("%s: no index keeps its promise: %s", self._present.manifest.name, error)
+            return None
 
     def _install(self, built: Built, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Save a new main index and search it from now on; writers wait only for the last changes.
