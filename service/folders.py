@@ -33,10 +33,11 @@ class Folder:
 
     Args:
         path: made when it is not there.
+        runtime: of the encoders of collections that are opened later: "auto", "onnx" or "torch".
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, runtime: str = "auto") -> None:
+        self.path, self.runtime = path, runtime
 
     def collections(self, *, tidy: bool) -> list[Path]:
         """The collections that are there, by name. `tidy`: remove what a crash left half deleted."""
@@ -77,6 +78,31 @@ class Folder:
             half.rename(place)
             flush_to_disk(self.path)
         return open_collection(place, fingerprint=fingerprint)
+
+    def holds(self, name: str) -> bool:
+        """Whether a whole collection lies in the folder under this name, opened or not."""
+        return NAME.fullmatch(name) is not None and is_collection(self.path / name)
+
+    def open(
+        self, name: str, encoders: Mapping[str, Any], *, settings: Settings
+    ) -> tuple[Collection, dict[str, Any]]:
+        """A collection that lies here, and the encoders with its own among them.
+
+        Raises:
+            Conflict: it calls itself by another name.
+            CollectionError, EncoderError: it cannot be opened.
+        """
+        opened: dict[str, Collection] = {}
+        known = dict(encoders)
+        open_one(self.path / name, opened, known, runtime=self.runtime, settings=settings)
+        [collection] = opened.values()
+        if collection.name != name:
+            collection.close()
+            raise Conflict(
+                f'The collection in the folder "{name}" is called "{collection.name}". '
+                f"Call it as its folder: dml index rename {self.path / name} {name}"
+            )
+        return collection, known
 
     @staticmethod
     def check_same(info: CollectionInfo, *, dim: int, fingerprint: str, index: Mapping[str, Any]) -> None:
