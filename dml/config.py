@@ -5,7 +5,7 @@ checked in `__post_init__`, and their messages say why.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -231,8 +231,16 @@ def load_recipe(source: str | Path, overrides: Mapping[str, str] | None = None) 
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    for dotted, value in (overrides or {}).items():
+    if not overrides:
+        return parse_recipe(tree, str(path))
+    alone = problems_of(tree)
+    for dotted, value in overrides.items():
         put(tree, dotted, toml_value(value))
+    added = [problem for problem in problems_of(tree) if problem not in alone]
+    if added:
+        given = " ".join(f"--set {key}={value}" for key, value in overrides.items() if is_about(added, key))
+        problems = "\n".join(f"  {text}" for _, text in added)
+        raise ConfigError(f"{given or 'What --set says'} does not go with the recipe {source}:\n{problems}")
     return parse_recipe(tree, str(path))
 
 
@@ -243,6 +251,25 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         problems = "\n".join(f"  {explain(problem)}" for problem in error.errors())
         raise ConfigError(f"{where} is not a valid recipe:\n{problems}") from None
+
+
+Located = tuple[tuple[str, ...], str]
+"""Where in a recipe something is wrong, and what."""
+
+
+def problems_of(tree: Mapping[str, Any]) -> list[Located]:
+    """What is wrong with a tree of plain values."""
+    try:
+        TypeAdapter(Recipe).validate_python(tree)
+    except ValidationError as error:
+        return [(tuple(map(str, problem["loc"])), explain(problem)) for problem in error.errors()]
+    return []
+
+
+def is_about(problems: Sequence[Located], dotted: str) -> bool:
+    """Whether one of these lies at "a.b.c", above or below it; what concerns the whole recipe does not."""
+    key = tuple(dotted.split("."))
+    return any(where and where[: len(key)] == key[: len(where)] for where, _ in problems)
 
 
 def explain(problem: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@
     │   ├── UnknownItem
     │   ├── ImageNotKept                  the item has no picture
     │   ├── ModelMismatch                 made by another encoder, or a profile that does not agree
-    │   ├── FilterInvalid                 names the condition by its JSON Pointer
+    │   ├── FilterInvalid        exit 2   names the condition by its JSON Pointer
     │   ├── CursorInvalid                 not given out here, or for another search
     │   ├── CursorExpired
     │   ├── CollectionLocked              another process is writing
@@ -120,6 +120,8 @@ class ModelMismatch(CollectionError):
 
 class FilterInvalid(CollectionError):
     """Has `pointer`, the JSON Pointer of what is wrong in the filter, and `detail`, what that is."""
+
+    exit_code = 2  # as of other conditions that cannot be read: the command is wrong, not the collection
 
     def __init__(self, detail: str, *, pointer: str = "") -> None:
         super().__init__(f"filter{pointer}: {detail}")

@@ -91,5 +91,10 @@ def test_what_cannot_be_asked_is_said(run, tiny_folder):
         run(picture, "--filter", '{"must": [1]}')
     with pytest.raises(FilterInvalid, match="price<cheap"):
         run(picture, "--where", "price<cheap")
+    with pytest.raises(FilterInvalid, match="KEY=VALUE") as malformed:
+        run(picture, "--where", "label")
+    assert malformed.value.exit_code == 2, "as for JSON that cannot be read"
+    with pytest.raises(UsageError, match="--group-size 3 .* give --group-by"):
+        run(picture, "--group-size", "3")
     with pytest.raises(UnknownItem, match="nobody"):
         run("--positive", "nobody")

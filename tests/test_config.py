@@ -95,6 +95,29 @@ def test_a_file_that_is_not_toml_is_refused_with_the_place(tmp_path: Path) -> No
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"loss.nme": "3", "model.dim": "64"},
+            r"^--set loss.nme=3 does not go with the recipe triplet:\n  loss.nme",
+        ),
+        ({"train.epochs": "0"}, r"^--set train.epochs=0 does .*\n  train: epochs must be at least 1"),
+        ({"regularizers.channel_correlation.weight": "1"}, r"^What --set says .*\n  the regulariser"),
+    ],
+)
+def test_what_an_override_breaks_is_blamed_on_it(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("triplet", overrides)
+
+
+def test_what_was_wrong_before_is_blamed_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[loss]\nname = "triplet"\nmargn = 1\n')
+    with pytest.raises(ConfigError, match=r"mine.toml is not a valid recipe:\n  loss.margn"):
+        load_recipe(path, {"train.epochs": "3"})
+
+
 def test_an_override_through_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match='"loss" is a value|"name" is a value'):
         load_recipe("triplet", {"loss.name.more": "1"})

@@ -1,6 +1,7 @@
 """The model: any trunk becomes a feature map, every pooling a vector, and the head unit vectors."""
 
 import math
+import socket
 from pathlib import Path
 
 import pytest
@@ -242,19 +243,26 @@ def test_a_picture_too_small_for_the_net_is_refused_with_its_size() -> None:
         build_model(ModelConfig(trunk="levit_128s", trunk_args={"img_size": 224}), image_size=32)
 
 
-def test_published_weights_without_a_network_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
+def test_published_weights_without_a_network_are_refused_at_once_and_in_one_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from huggingface_hub import constants
 
-    real = timm.create_model
-
-    def no_network(name: str, pretrained: bool, **args: object) -> nn.Module:
-        if pretrained:
-            raise ConnectionError("name or service not known")
-        return real(name, pretrained=False, **args)
-
-    monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(ConfigError, match=r"published weights.*network the first time.*weights = FILE"):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")  # nobody is there any more
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    with pytest.raises(ConfigError) as caught:
         build_model(ModelConfig(trunk="resnet18", pretrained=True), image_size=32)
+    said = str(caught.value)
+    assert f"http://127.0.0.1:{port} does not answer" in said
+    assert "--weights FILE.safetensors" in said
+    assert 'model.weights = "FILE.safetensors"' in said
+    assert not caplog.records, "no line for each of a dozen retries"
+    assert not constants.HF_HUB_OFFLINE, "the next call looks for a network again"
 
 
 def test_local_weights_fill_the_trunk_and_its_classifier_is_not_needed(tmp_path: Path) -> None:

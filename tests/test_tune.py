@@ -21,10 +21,12 @@ from dml.index.tune import (
     asked_of,
     choose,
     find_effort,
+    in_bytes,
     lower_bound,
     plans,
     ranked,
     recalls,
+    short_of,
     split,
     with_front,
 )
@@ -131,6 +133,26 @@ def test_an_effort_that_finds_nothing_more_is_not_raised_further(vectors):
     assert curve[-1].effort < 1 << 12
 
 
+def test_who_falls_short_says_by_how_much_and_why():
+    certain = [Point(4, 0.9, 0.88, 0.001), Point(8, 1.0, 0.974, 0.002)]
+    said = short_of(certain, 0.98, queries=100, slow=False)
+    assert said.startswith("recall 1.0000 at most, surely (99.9 %) only 0.9")
+    assert said.endswith("by 100 queries: more items would make it surer")
+    exactly = Point(8, 1.0, lower_bound(np.ones(100)), 0.002)
+    assert f"only {lower_bound(np.ones(100), 3.09):.4f} by" in short_of(
+        [exactly], 0.98, queries=100, slow=False
+    )
+    assert short_of(certain, 1.0, queries=100, slow=True).startswith("recall 1.0000 at most")
+    poor = [Point(4, 0.5, 0.48, 0.001), Point(8, 0.7, 0.68, 0.002)]
+    assert short_of(poor, 0.9, queries=1000, slow=True).endswith("queries: more effort takes too long")
+    assert short_of(poor, 0.9, queries=1000, slow=False).endswith("by 1,000 queries")
+
+
+def test_bytes_are_told_in_the_unit_that_shows_them():
+    told = [in_bytes(count) for count in (7, 1000, 1500, 20_000_000, 4 * 10**9)]
+    assert told == ["7 bytes", "1 KB", "1.5 KB", "20 MB", "4 GB"]
+
+
 def test_the_cheapest_that_holds_is_chosen_and_the_table_says_why(vectors):
     lines = []
     choice = choose(vectors, Promise(0.9), plans_to_try=[FLAT, HALF, GRAPH, NEVER], say=lines.append)
@@ -153,7 +175,7 @@ def test_limits_of_memory_and_latency_are_kept(vectors):
     whole, half = 3000 * (4 * DIM + 9), 3000 * (2 * DIM + 9)
     choice = choose(vectors, Promise(0.9, memory=(whole + half) // 2), count=3000, plans_to_try=[FLAT, HALF])
     assert choice.options == {"precision": "float16"}
-    assert "MB, more than" in choice.table["trials"][0]["problem"]
+    assert "KB, more than" in choice.table["trials"][0]["problem"]
     with pytest.raises(
         ConfigError, match=r"(?s)No kind of index promises.*0.001 ms a query.*flat: .* ms a query"
     ):
@@ -282,6 +304,14 @@ class TestCommands:
         assert svg.read_text().count("<path") > 5
         info = run(cli(), ["info", str(promised)])
         assert "promised 0.8" in info.output
+
+    def test_a_kind_that_is_asked_for_gives_the_promise_up_aloud(self, promised):
+        done = CliRunner().invoke(cli(), ["rebuild", str(promised), "--index", "faiss_flat"])
+        assert done.exit_code == 0, done.output
+        assert "the promise of recall 0.9 is given up" in done.stderr
+        assert "--target-recall 0.9" in done.stderr
+        again = CliRunner().invoke(cli(), ["rebuild", str(promised), "--index", "faiss_flat"])
+        assert "given up" not in again.stderr
 
     def test_without_a_promise_there_is_nothing_to_show(self, promised):
         with open_collection(promised) as there:

@@ -89,7 +89,8 @@ def build(
         bool, typer.Option("--if-missing", help="Do nothing when a collection is already at --out.")
     ] = False,
     name: Annotated[
-        str | None, typer.Option(help="Name of the collection. Default: that of its folder.")
+        str | None,
+        typer.Option(help="Name of the collection. Default: that of its folder, without .collection."),
     ] = None,
     measure: Annotated[bool, typer.Option(help="Measure the recall of an approximate index.")] = True,
     target_recall: TargetRecall = None,
@@ -293,11 +294,15 @@ def rebuild(
     dml index rebuild shoes.collection --target-recall 0.98 --memory 4G --latency 5ms
     """
     from dml.collection import open_collection
+    from dml.collection.promised import given_up
 
     promise = read_promise(target_recall, memory, latency)
     options = read_options(option) if option else None
     with open_collection(collection, device=device, merge="manual") as there:
+        before = there.manifest.index
         built = there.build_index(index, options=options, measure=measure, promise=promise, say=show_tried)
+        if lost := given_up(before, there.manifest.index):
+            typer.echo(lost, err=True)
     if as_json:
         print_json(built)
     else:

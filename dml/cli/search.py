@@ -107,6 +107,8 @@ def search(
         decode(image)  # a file that is no picture is refused before anything is loaded
     elif not positive:
         raise UsageError("There is nothing to look for: name a picture, or an item with --positive ID.")
+    if group_size != 1 and group_by is None:
+        raise UsageError(f"--group-size {group_size} says how large groups are; give --group-by KEY too.")
     page = html or (page_in_temporary_folder(asked.name) if open_page else None)
     limits = {
         "limit": k,

@@ -45,7 +45,7 @@ def create_collection(
         path: a folder that does not exist yet, or is empty.
         dim: length of its vectors.
         fingerprint: of the encoder that makes them.
-        name: defaults to the folder's name.
+        name: defaults to the folder's name, without ".collection".
         index: "auto", or a key of `dml.index.KINDS`: what `build_index` makes when it is not told otherwise.
         options: of that kind, see `dml.index.make_index`.
         roots: name -> folder, for pictures that stay where they are.

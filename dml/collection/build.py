@@ -19,8 +19,9 @@ from dml.collection.derive import check_kind
 from dml.collection.importing import Progress, Report, Settings
 from dml.collection.local import LocalCollection
 from dml.collection.lock import LOCK, WriterLock
-from dml.collection.manifest import read_manifest
+from dml.collection.manifest import default_name, read_manifest
 from dml.collection.place import building, clear, clear_beside, put_into_place, recover, turn
+from dml.collection.promised import given_up
 from dml.collection.supply import MAIN_ROOT, Supply, open_supply
 from dml.errors import CollectionError, DamagedFile, NotAvailable, UnknownCollection
 from dml.index import check_options
@@ -67,7 +68,7 @@ def build_collection(
 
     Args:
         encoder: for pictures; embeddings need none, but take along the one that is given.
-        name: of a new collection; defaults to the name of `out`.
+        name: of a new collection; defaults to the name of `out`, without ".collection".
         kind, options, device: of the index, see `dml.index.make_index`; "auto" chooses by the count.
         overwrite: replace the collection that is there.
         measure: measure the recall of the index, see `LocalCollection.build_index`.
@@ -108,7 +109,7 @@ def build_collection(
         report = build_aside(
             supply,
             out,
-            create={"name": name or out.name, "index": kind, "options": options, "device": device},
+            create={"name": name or default_name(out), "index": kind, "options": options, "device": device},
             overwrite=overwrite,
             measure=measure,
             progress=progress,
@@ -147,7 +148,11 @@ def indexed(
 ) -> dict[str, Any]:
     """Build the index of a kind, or the one that a promise chooses; see `LocalCollection.build_index`."""
     if promise is None:
-        return collection.build_index(kind, options=options, measure=measure)
+        before = collection.manifest.index
+        built = collection.build_index(kind, options=options, measure=measure)
+        if lost := given_up(before, collection.manifest.index):
+            say(lost)
+        return built
     return collection.build_index(measure=measure, promise=promise, say=say)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from dml.collection import catalog, snapshots
 from dml.collection.derive import check_kind
 from dml.collection.local import LocalCollection
-from dml.collection.manifest import Manifest, write_manifest
+from dml.collection.manifest import Manifest, default_name, write_manifest
 from dml.collection.merging import MergeMode
 from dml.collection.pictures import make_folder
 from dml.errors import CollectionError, ConfigError, StorageError
@@ -37,7 +37,7 @@ def create_local(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CollectionError(f"{path} is not an empty folder; give a new one, or open what is there.")
     manifest = Manifest(
-        name=name or path.resolve().name,
+        name=name or default_name(path),
         dim=dim,
         fingerprint=fingerprint,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

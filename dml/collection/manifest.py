@@ -14,6 +14,8 @@ from dml.storage import opened_aside
 FORMAT = 2
 """1 has no checksum."""
 FILE = "manifest.json"
+SUFFIX = ".collection"
+"""Of a folder's name, no part of the collection's: shoes.collection holds "shoes"."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class Manifest:
 
     def with_(self, **changes: Any) -> "Manifest":
         return replace(self, **changes)
+
+
+def default_name(folder: Path) -> str:
+    """What the collection in a folder is called unless somebody says otherwise: shoes.collection is "shoes".
+
+    The name is what clients of the service write into addresses; the ending is there for people who look at
+    folders.
+    """
+    whole = folder.resolve().name
+    return whole.removesuffix(SUFFIX) or whole
 
 
 def promise_of(manifest: Manifest) -> tuple[float | None, bool | None]:

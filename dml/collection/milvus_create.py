@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dml.collection.manifest import Manifest, write_manifest
+from dml.collection.manifest import Manifest, default_name, write_manifest
 from dml.collection.milvus import FORMAT, MilvusCollection, Place, check_about, chosen_kind
 from dml.collection.milvus_table import MilvusTable, check_kind, check_name, check_uri
 from dml.collection.pictures import make_folder
@@ -35,7 +35,7 @@ def create_milvus(
         path: a folder that does not exist yet, or is empty.
         uri: of the server, or a file FILE.db for Milvus Lite; without a password, see DML_MILVUS_TOKEN.
         collection: its name in Milvus; None: made of `name`.
-        name: as users call it; None: the folder's name.
+        name: as users call it; None: the folder's name, without ".collection".
         index, options: see `MilvusCollection.build_index`.
         consistency: see `MilvusTable`.
 
@@ -46,7 +46,7 @@ def create_milvus(
     """
     if dim < 1:
         raise ConfigError(f"a collection needs vectors of at least 1 number, got dim {dim}")
-    name, uri = name or path.resolve().name, check_uri(uri)
+    name, uri = name or default_name(path), check_uri(uri)
     place = Place(uri, check_name(collection or milvus_name(name)), consistency)
     kind = chosen_kind(index, 0)
     check_kind(kind, options or {}, lite="://" not in uri)

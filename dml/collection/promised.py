@@ -32,6 +32,7 @@ from dml.index.tune import (
     choose,
     device_for,
     find_effort,
+    in_bytes,
     measure,
     without_copies,
 )
@@ -180,10 +181,21 @@ def broken(promise: Promise, index: VectorIndex, point: Point) -> str | None:
     if point.lower < promise.recall:
         return f"finds {point.recall:.4f} (surely {point.lower:.4f}) instead of {promise.recall:g}"
     if promise.memory is not None and index.nbytes > promise.memory:
-        return f"takes {index.nbytes / 1e6:,.0f} MB instead of {promise.memory / 1e6:,.0f} MB"
+        return f"takes {in_bytes(index.nbytes)} instead of {in_bytes(promise.memory)}"
     if promise.latency is not None and point.latency > promise.latency:
         return f"takes {point.latency * 1e3:.2f} ms a query instead of {promise.latency * 1e3:.2f} ms"
     return None
+
+
+def given_up(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """What to tell where a manifest's "index" has lost its promise to another wish; None: it has not."""
+    promise = before.get("promise")
+    if not promise or after.get("promise"):
+        return None
+    return (
+        f"the promise of recall {promise['recall']:g} is given up, since {after['kind']} was asked for; "
+        f"--target-recall {promise['recall']:g} makes it again"
+    )
 
 
 def with_promise(

@@ -15,7 +15,7 @@ from dml.collection.audit import check_catalog
 from dml.collection.catalog import Catalog
 from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
-from dml.collection.manifest import FORMAT, Manifest, read_manifest, write_manifest
+from dml.collection.manifest import FORMAT, Manifest, default_name, read_manifest, write_manifest
 from dml.collection.pictures import Pictures, make_folder
 from dml.collection.place import recover
 from dml.collection.salvage import Salvaged, salvage, swap
@@ -120,7 +120,7 @@ def remembered(path: Path) -> tuple[Manifest, str]:
         with suppress(DamagedFile):
             header = read_header(snapshot)
             manifest = Manifest(
-                name=path.resolve().name,
+                name=default_name(path),
                 dim=header.dim,
                 fingerprint=header.note["fingerprint"],
                 created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -400,7 +400,9 @@ def try_plan(
     except MissingExtra as error:
         return replace(trial, problem=str(error))
     if only_exact and not index.exact:
-        return replace(trial, problem="too few queries to promise anything of an approximate index")
+        few = min(len(tuning.queries), len(scoring.queries))
+        problem = f"too few queries to promise anything approximate: {few}, of {FEWEST_QUERIES} at least"
+        return replace(trial, problem=problem if promise.recall < 1 else "not exact")
     if promise.memory is not None:
         memory = memory_of(plan, rows[:PROBED], count=count, device=device)
         if memory > promise.memory:
@@ -423,8 +425,9 @@ def try_plan(
             index, tuning, target=promise.recall, efforts=plan.efforts, too_slow=min(limit, MOST_SECONDS)
         )
         if effort is None:
-            best = max(curve, key=lambda one: one.recall)
-            return replace(trial, curve=curve, problem=f"recall {best.recall:.4f} at most")
+            slow = curve[-1].latency > min(limit, MOST_SECONDS)
+            problem = short_of(curve, promise.recall, queries=len(tuning.queries), slow=slow)
+            return replace(trial, curve=curve, problem=problem)
         point, _ = measure(index, scoring, effort=effort)
         if plan.efforts != (1, 1):
             trial = replace(trial, options={**trial.options, "effort": effort})
@@ -439,6 +442,23 @@ def try_plan(
     return trial
 
 
+def short_of(curve: Sequence[Point], target: float, *, queries: int, slow: bool) -> str:
+    """Why no effort was enough.
+
+    Args:
+        curve: what was tried, at least once.
+        queries: how many it was tried with.
+        slow: more effort was not tried, for it takes too long.
+    """
+    best = max(curve, key=lambda one: one.recall)
+    mean = best.recall * queries / (queries + 1)  # with the query that fails, as in `lower_bound`
+    sure = max(0.0, mean - (mean - best.lower) * VERY_SURE / SURE)
+    found = f"recall {best.recall:.4f} at most, surely (99.9 %) only {sure:.4f} by {queries:,} queries"
+    if best.recall >= target:
+        return f"{found}: more items would make it surer"
+    return f"{found}: more effort takes too long" if slow else found
+
+
 def memory_of(plan: Plan, few: Vectors, *, count: int, device: str) -> int:
     """Bytes over all vectors, reckoned from a few: what is too large need not be built to be refused."""
     from dml.index import make_index
@@ -449,7 +469,15 @@ def memory_of(plan: Plan, few: Vectors, *, count: int, device: str) -> int:
 
 
 def too_large(needed: int, allowed: int) -> str:
-    return f"{needed / 1e6:,.1f} MB, more than {allowed / 1e6:,.1f} MB"
+    return f"{in_bytes(needed)}, more than {in_bytes(allowed)}"
+
+
+def in_bytes(count: int) -> str:
+    """1_234 as "1.2 KB": in the unit that leaves one to three digits before the point."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.1f}".removesuffix(".0") + f" {unit}"
+    return f"{count:,} bytes"
 
 
 def device_for(device: str, kind: str) -> str:
@@ -489,7 +517,7 @@ def nothing_keeps(promise: Promise, trials: Sequence[Trial]) -> str:
     """What to tell when no kind keeps the promise."""
     asked = [f"recall@10 of {promise.recall:g}"]
     if promise.memory is not None:
-        asked.append(f"{promise.memory / 1e6:,.0f} MB")
+        asked.append(in_bytes(promise.memory))
     if promise.latency is not None:
         asked.append(f"{promise.latency * 1e3:g} ms a query")
     found = "\n".join(f"  {trial.name}: {trial.problem}" for trial in trials)

@@ -2,7 +2,8 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from math import isqrt
 from pathlib import Path
@@ -19,6 +20,12 @@ from dml.registry import resolve
 Layout = Literal["map", "map, channels last", "tokens", "vector"]
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SHOWN_KEYS = 8
+HUB_SECONDS = 5
+"""The server of published weights has this long to show that it is there."""
+INSTEAD = (
+    "Without them: `dml encoder create --weights FILE.safetensors` or `--weights none`; in a recipe, "
+    'model.weights = "FILE.safetensors" or model.pretrained = false.'
+)
 
 
 class Trunk(nn.Module):
@@ -71,10 +78,7 @@ def build_trunk(config: ModelConfig, *, image_size: int) -> Trunk:
     """
     if config.trunk in TRUNKS or ":" in config.trunk:
         if config.pretrained:
-            raise ConfigError(
-                f'There are no pretrained weights for the trunk "{config.trunk}". '
-                f"Set model.pretrained = false, or give model.weights = FILE (safetensors)."
-            )
+            raise ConfigError(f'There are no pretrained weights for the trunk "{config.trunk}". {INSTEAD}')
         net = build_own(config, image_size=image_size)
     else:
         net = build_timm(config, image_size=image_size)
@@ -135,14 +139,48 @@ def create(config: ModelConfig, args: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(f'The trunk "{config.trunk}" cannot be built with {dict(args)}: {error}') from error
     if not config.pretrained:
         return net
+    silent = hub_is_silent()
     try:
-        return timm.create_model(config.trunk, pretrained=True, **args)
+        with using_the_cache_only() if silent else nullcontext():
+            return timm.create_model(config.trunk, pretrained=True, **args)
     except Exception as error:  # hub clients raise errors of several packages; all mean the same to the user
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"they are not in the cache, and {silent}" if silent else said
         raise ConfigError(
-            f'The published weights of "{config.trunk}" cannot be loaded ({type(error).__name__}: {error}). '
-            f"They need a network the first time; without one, give model.weights = FILE (safetensors), "
-            f"or set model.pretrained = false."
+            f'The published weights of "{config.trunk}" cannot be loaded: {reason}. A network is needed the '
+            f"first time. {INSTEAD}"
         ) from error
+
+
+def hub_is_silent() -> str:
+    """Why the server of published weights cannot be reached; "" where it answers, or nobody knows.
+
+    Its client asks six times for each of two files, with a minute of pauses, before it looks into its cache.
+    """
+    try:
+        from huggingface_hub import constants, get_session
+    except ImportError:
+        return ""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of httpx or requests, as the client's version has it
+        return f"{constants.ENDPOINT} does not answer ({str(error) or type(error).__name__:.200})"
+    return ""
+
+
+@contextmanager
+def using_the_cache_only() -> Iterator[None]:
+    """What HF_HUB_OFFLINE=1 does, which is read only once, when the client is imported."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def check_timm_name(name: str) -> None:
