@@ -130,7 +130,8 @@ def collection_answer(
     dependencies=ONCE,
 )
 async def create(request: Request, engine: Ready, settings: Limits, name: Name) -> Response:
-    """Have an empty collection of this name; 200: one with the same settings is there, and stays."""
+    """Have an empty collection of this name; 200: one with the same settings is there, and stays. One that
+    was put into the folder of the service after its start (by `dml index build`) is opened."""
     asked = await read_json(request, CollectionRequest)
     if asked.index.target_recall is not None or asked.index.memory_budget is not None:
         raise not_available(
@@ -141,7 +142,9 @@ async def create(request: Request, engine: Ready, settings: Limits, name: Name) 
     check_index(index["kind"], index["options"])
 
     def make() -> tuple[bool, CollectionInfo, dict[str, Any]]:
-        new = engine.create(name, model=asked.model, dim=asked.dim, index=index)
+        there = engine.adopt(name) or name in engine.names()
+        as_it_is = there and asked == CollectionRequest()  # nothing was wished for: any settings will do
+        new = not as_it_is and engine.create(name, model=asked.model, dim=asked.dim, index=index)
         return new, engine.info(name), summary(engine, name)
 
     new, info, short = await in_thread(request, make)
