@@ -173,8 +173,7 @@ def check_vectors(vectors: NDArray, dim: int, where: str = "the vector") -> Vect
         raise VectorError(f"{where}: expected rows of shape (N, {dim}), got shape {rows.shape}")
     if rows.shape[1] != dim:
         raise DimensionMismatch(dim, rows.shape[1], where)
-    squares = np.einsum("ij,ij->i", rows, rows)
-    if (np.abs(squares - 1) < UNIT_TOLERANCE).all():  # quick, and false for NaN
+    if is_unit(rows):
         return rows
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(rows, axis=1)
@@ -185,3 +184,12 @@ def check_vectors(vectors: NDArray, dim: int, where: str = "the vector") -> Vect
         row = int(np.argmax(np.abs(norms - 1)))
         raise VectorError(f"{where}: row {row} has length {norms[row]:.4g}; vectors must be of length 1")
     return rows
+
+
+def is_unit(rows: Vectors) -> bool:
+    """Whether all rows (N, D) are surely finite and of unit length."""
+    if len(rows) == 1:
+        row = rows[0]
+        return abs(float(np.vdot(row, row)) - 1) < UNIT_TOLERANCE  # false for NaN and infinity
+    squares = np.einsum("ij,ij->i", rows, rows)
+    return bool((np.abs(squares - 1) < UNIT_TOLERANCE).all())

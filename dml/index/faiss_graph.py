@@ -16,6 +16,10 @@ from dml.index.kept import EngineCodes, FinerRows, FineVectors, Kept, check_prec
 from dml.index.ranking import SPARE
 
 
+MOST_EFFORTS = 64
+"""So many are remembered as faiss's objects."""
+
+
 class FaissHnswIndex(FaissIndex):
     """A graph of neighbours in layers. Approximate, CPU only.
 
@@ -54,6 +58,7 @@ class FaissHnswIndex(FaissIndex):
         self.links, self.build_effort = links, build_effort
         self.rough = precision == "int12"
         self._fine = FineVectors(dim) if self.rough else None
+        self._known_parameters: dict[int, Any] = {}  # effort -> faiss's object, which takes long to make
 
     def settings(self) -> dict[str, Any]:
         known = {"links": self.links, "build_effort": self.build_effort, "effort": self.effort}
@@ -94,9 +99,14 @@ class FaissHnswIndex(FaissIndex):
 
     def _parameters(self, fetch: int, effort: int, selector: Any) -> Any:
         effort = min(max(effort, fetch), len(self.rows))
-        if selector is None:
-            return self.faiss.SearchParametersHNSW(efSearch=effort)
-        return self.faiss.SearchParametersHNSW(efSearch=effort, sel=selector)
+        if selector is not None:
+            return self.faiss.SearchParametersHNSW(efSearch=effort, sel=selector)
+        known = self._known_parameters.get(effort)
+        if known is None:
+            if len(self._known_parameters) >= MOST_EFFORTS:
+                self._known_parameters.clear()
+            known = self._known_parameters[effort] = self.faiss.SearchParametersHNSW(efSearch=effort)
+        return known
 
     def _flat_storage(self) -> Any:
         return self.faiss.downcast_index(self._engine.storage)

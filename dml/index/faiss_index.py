@@ -259,10 +259,10 @@ class FaissIndex:
         """Ask the engine for candidates until the order of the first k is decided; compare what is not."""
         if slots is not None and not exact:
             effort = self._raised(effort, count / len(self.rows))
-        hits, pending = None, np.arange(len(queries))
+        hits, pending = None, None  # None: all
         fetch = min(self._fetch(k, effort), count)
-        while len(pending):
-            some = queries if hits is None else queries[pending]
+        while pending is None or len(pending):
+            some = queries if pending is None else queries[pending]
             found = self._candidates(some, fetch, effort=effort, slots=slots, exact=exact)
             if found is None:
                 break
@@ -275,12 +275,13 @@ class FaissIndex:
                 ids=self.rows.ids,
                 vectors_at=self._vectors().__getitem__,
             )
-            done = ranked.settled | (fetch >= count)
-            whole = names[:, min(k, count) - 1] >= 0  # faiss puts missing ones last
-            if hits is None and k <= count and (done & whole).all():
+            last = names[:, min(k, count) - 1]  # faiss puts missing ones last
+            settled = fetch >= count or ranked.settled.all()
+            if hits is None and k <= count and settled and last.min() >= 0:
                 return Hits(ranked.ids, ranked.scores)
-            if hits is None:
-                hits = no_hits(len(queries), k)
+            done, whole = ranked.settled | (fetch >= count), last >= 0
+            if hits is None or pending is None:
+                hits, pending = no_hits(len(queries), k), np.arange(len(queries))
             width = ranked.ids.shape[1]
             hits.ids[pending, :width], hits.scores[pending, :width] = ranked.ids, ranked.scores
             if not whole.all():
@@ -289,8 +290,8 @@ class FaissIndex:
             if fetch >= WIDEN_LIMIT and not (exact or self.exact):
                 return hits
             fetch = min(4 * fetch, count)
-        if hits is None:
-            hits = no_hits(len(queries), k)
+        if hits is None or pending is None:
+            return self._compare(queries, k, slots)
         if len(pending):
             self._fill(hits, queries, pending, slots=slots)
         return hits

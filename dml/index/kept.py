@@ -28,6 +28,12 @@ LEVELS = 15
 """Steps of the finer half of int12: four bits."""
 
 
+PAIRS: NDArray[np.complex64] = (
+    np.stack([np.arange(256) & LEVELS, np.arange(256) >> 4], axis=1).astype(np.float32) - np.float32(LEVELS / 2)
+).view(np.complex64)[:, 0]
+"""The two numbers that a byte of the finer half stands for, as one item: one look-up for both."""
+
+
 class Kept(Protocol):
     """Rows that can be read back as float32; equal vectors read back as equal rows."""
 
@@ -206,11 +212,9 @@ class FineVectors:
 
     def added_to(self, coarse: Vectors, slots: Slots) -> Vectors:
         """The coarse rows made finer, in place."""
-        codes = self._codes.rows[slots]
-        scales = self._scales.rows[slots]
-        even, odd = codes & np.uint8(15), codes >> np.uint8(4)
-        for first, nibbles in ((0, even), (1, odd[:, : self.dim // 2])):
-            coarse[:, first::2] += (nibbles - np.float32(LEVELS / 2)) * scales
+        steps = PAIRS[self._codes.rows[slots]].view(np.float32)[:, : self.dim]
+        steps *= self._scales.rows[slots]
+        coarse += steps
         return coarse
 
     def sections(self) -> Mapping[str, Callable[[Sink], None]]:
