@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dml.errors import ConfigError, MissingExtra
+from dml.errors import ConfigError
 from dml.index.base import Hits, Ids, Vectors, check_ids, check_search, check_vectors, no_hits
 from dml.index.file import array_section, check_index_file, read_array, write_index_file
-from dml.index.flat import GROUP, search_exactly
+from dml.index.flat import search_exactly
 from dml.index.kept import Column, KeptVectors, to_bfloat16
+from dml.index.products import BLOCK_ROWS, products
 from dml.index.ranking import SPARE, rank
 from dml.index.rows import Rows
 
 log = logging.getLogger(__name__)
 
-BLOCK_ROWS = 1 << 16
-"""Vectors multiplied at once: their scores for a few dozen queries stay in the cache."""
+BLOCK_QUERIES = 512
+"""Queries compared at once: their scores for one block of vectors take 64 MiB."""
 
 WIDTH = 4
 """So many candidates per wanted result at first."""
@@ -40,23 +41,6 @@ FEW_ALLOWED = 4096
 """Up to this many allowed ids are compared one by one."""
 
 
-def import_torch() -> Any:
-    """The torch module. Raises MissingExtra."""
-    try:
-        import torch
-    except ImportError as error:
-        if error.name not in (None, "torch"):
-            raise
-        raise MissingExtra("torch (needed by the index kind matrix)", "train") from None
-    return torch
-
-
-def has_matrix_units(torch: Any) -> bool:
-    """Whether this processor multiplies bfloat16 in hardware, as far as torch can tell."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
-
 class MatrixIndex:
     """All vectors in bfloat16 beside the whole ones; a search is one product and a choice of the highest.
 
@@ -65,21 +49,22 @@ class MatrixIndex:
 
     Args:
         effort: candidates per wanted result to begin with; more are fetched where these leave a doubt.
+        engine: "torch", "openvino", or "auto": the first of them that is installed.
     """
 
     kind = "matrix"
     exact = False
     learns = False
 
-    def __init__(self, dim: int, *, device: str = "auto", effort: int = WIDTH) -> None:
+    def __init__(self, dim: int, *, device: str = "auto", effort: int = WIDTH, engine: str = "auto") -> None:
         if device not in ("auto", "cpu"):
             raise ConfigError(
                 f'The index kind "matrix" runs on the CPU, not on "{device}". For a GPU use faiss_flat.'
             )
         if dim < 1 or effort < 1:
             raise ConfigError(f"matrix needs a dim and an effort of at least 1, got {dim} and {effort}")
-        self.torch = import_torch()
-        if not has_matrix_units(self.torch):
+        self.products = products(engine)
+        if not self.products.in_hardware:
             log.warning("this processor has no bfloat16 units: the kind faiss_flat is quicker than matrix")
         self.dim, self.effort = dim, effort
         self.rows = Rows()
@@ -95,7 +80,13 @@ class MatrixIndex:
         return self._kept.nbytes + self._codes.rows.nbytes + ids
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "exact": False, "device": "cpu", "effort": self.effort}
+        return {
+            "kind": self.kind,
+            "exact": False,
+            "device": "cpu",
+            "effort": self.effort,
+            "engine": self.products.name,
+        }
 
     def set_effort(self, effort: int) -> None:
         self.effort = effort
@@ -145,19 +136,31 @@ class MatrixIndex:
         fetch = max((effort or self.effort) * k, k + SPARE)
         if exact or fetch >= count or (slots is not None and count <= FEW_ALLOWED):
             return search_exactly(queries, self._kept[:], self.rows.ids, k=k, slots=slots)
-        return self._search(queries, k, slots=slots, count=count, fetch=fetch)
-
-    def _search(
-        self, queries: Vectors, k: int, *, slots: NDArray[np.int64] | None, count: int, fetch: int
-    ) -> Hits:
-        """Fetch candidates until no other can belong among the first k; then compare all."""
-        hits, pending = no_hits(len(queries), k), np.arange(len(queries))
         hidden = None
         if slots is not None:
             hidden = np.ones(len(self.rows), bool)
             hidden[slots] = False
+        hits = no_hits(len(queries), k)
+        for start in range(0, len(queries), BLOCK_QUERIES):
+            part = slice(start, start + BLOCK_QUERIES)
+            found = self._search(queries[part], k, slots=slots, hidden=hidden, count=count, fetch=fetch)
+            hits.ids[part], hits.scores[part] = found
+        return hits
+
+    def _search(
+        self,
+        queries: Vectors,
+        k: int,
+        *,
+        slots: NDArray[np.int64] | None,
+        hidden: NDArray[np.bool_] | None,
+        count: int,
+        fetch: int,
+    ) -> Hits:
+        """Fetch candidates until no other can belong among the first k; then compare all."""
+        hits, pending = no_hits(len(queries), k), np.arange(len(queries))
         while len(pending) and fetch < count:
-            rough, names = self._candidates(queries[pending], fetch, hidden)
+            rough, names = self.products.best(queries[pending], self._codes.rows, fetch, hidden)
             ranked = rank(
                 queries[pending],
                 names,
@@ -173,26 +176,6 @@ class MatrixIndex:
             found = search_exactly(queries[pending], self._kept[:], self.rows.ids, k=k, slots=slots)
             hits.ids[pending], hits.scores[pending] = found.ids, found.scores
         return hits
-
-    def _candidates(
-        self, queries: Vectors, fetch: int, hidden: NDArray[np.bool_] | None
-    ) -> tuple[Vectors, NDArray[np.int64]]:
-        """(Q, fetch) bfloat16 scores, as float32, and slots, in any order; hidden slots score -inf."""
-        torch = self.torch
-        wanted = torch.from_numpy(queries).bfloat16()
-        whole = torch.from_numpy(self._codes.rows.view(np.int16)).view(torch.bfloat16)
-        scores, names = [], []
-        with torch.inference_mode():
-            for start in range(0, len(whole), BLOCK_ROWS):
-                part = wanted @ whole[start : start + BLOCK_ROWS].T
-                if hidden is not None:
-                    part[:, torch.from_numpy(hidden[start : start + BLOCK_ROWS])] = -torch.inf
-                best, where = highest_columns(torch, part, fetch)
-                scores.append(best)
-                names.append(where + start)
-            best, where = torch.cat(scores, dim=1).topk(fetch, dim=1, sorted=False)
-            slots = torch.cat(names, dim=1).gather(1, where)
-        return best.float().numpy(), slots.numpy()
 
     def save(self, path: Path, *, note: Mapping[str, Any] | None = None) -> None:
         living = self.rows.living()
@@ -235,19 +218,3 @@ def score_error(queries: Vectors) -> NDArray[np.float32]:
     """
     spread = np.sqrt((queries.astype(np.float64) ** 4).sum(axis=1))
     return (HALF_STEP + DEVIATIONS * ROUNDED_FACTORS * spread).astype(np.float32)
-
-
-def highest_columns(torch: Any, scores: Any, count: int) -> tuple[Any, Any]:
-    """The `count` highest scores of each row and their columns; by way of groups, as `flat.highest`."""
-    columns = scores.shape[1]
-    groups = columns // GROUP
-    if groups < 2 * count:
-        return scores.topk(min(count, columns), dim=1, sorted=False)
-    even = groups * GROUP
-    maxima = scores[:, :even].view(len(scores), GROUP, groups).amax(dim=1)
-    chosen = maxima.topk(count, dim=1, sorted=False).indices
-    members = (chosen[:, :, None] + torch.arange(0, even, groups)).view(len(scores), -1)
-    rest = torch.arange(even, columns).expand(len(scores), -1)
-    members = torch.cat([members, rest], dim=1)
-    best, where = scores.gather(1, members).topk(count, dim=1, sorted=False)
-    return best, members.gather(1, where)
