@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from dml import __version__
-from dml.errors import DmlError, UnknownCollection
+from dml.errors import DmlError
 from service import problems, schemas
 from service.auth import NEEDED, Gate, authorize
 from service.batching import WorkerPool
@@ -33,6 +33,8 @@ from service.remembered import Remembered
 from service.routes import ROUTERS
 from service.settings import Settings
 from service.state import StateFile
+from service.tracing import Tracing
+from service.watching import Watch
 
 DESCRIPTION = (
     "What looks like this? Collections of pictures, searched by example. Errors are RFC 9457 problems."
@@ -47,6 +49,7 @@ def create_app(
     state: StateFile | Path | None = None,
     on_ready: Callable[[Engine], None] = lambda engine: None,
     on_failure: Callable[[BaseException], None] | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The service as an ASGI application.
 
@@ -59,6 +62,7 @@ def create_app(
             aliases, feedback. None: a folder for the time of this app.
         on_ready: called once the engine is there.
         on_failure: called when it cannot be made; without it, the service stays up and not ready.
+        tracing: makes spans of requests; whoever gives it closes it. None: no traces.
     """
     ready = engine if isinstance(engine, Engine) else None
     make = None if isinstance(engine, Engine) else engine
@@ -73,6 +77,7 @@ def create_app(
         yield
         await asyncio.shield(loading)  # a half-loaded engine cannot be closed; loading ends by itself
         pool.close()
+        watch.close()
         memory.close()
         if passing is not None:
             shutil.rmtree(passing, ignore_errors=True)
@@ -89,7 +94,9 @@ def create_app(
     )
     app.state.engine, app.state.settings, app.state.pool = None, settings, pool
     app.state.memory = memory
-    app.state.metrics = metrics = Metrics(sizes=lambda: _sizes(app), pending=lambda: pool.taken)
+    watch = Watch(lambda: app.state.engine, memory.jobs.count)
+    app.state.metrics = metrics = Metrics(threads=settings.workers, queue=settings.queue, view=watch.view)
+    pool.observe = metrics.set_pending
     app.state.methods = methods
     app.state.gate = Gate(
         find=keys.find if keys else lambda text: None,
@@ -102,7 +109,7 @@ def create_app(
         app.include_router(router, responses=PROBLEM_RESPONSE, dependencies=[Depends(authorize)])
     for kind in (DmlError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, problems.handle)
-    app.add_middleware(Envelope, settings=settings, metrics=metrics)
+    app.add_middleware(Envelope, settings=settings, metrics=metrics, tracing=tracing)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -134,7 +141,6 @@ async def _load(
 
 def _adopt(app: FastAPI, engine: Engine) -> None:
     metrics: Metrics = app.state.metrics
-    engine.observers.stage = lambda stage, seconds: metrics.stages.labels(stage).observe(seconds)
     engine.observers.batch = metrics.batches.observe
     memory: Remembered = app.state.memory
     memory.repeats.service = service_of(engine)
@@ -148,16 +154,6 @@ def service_of(engine: Engine) -> str:
     """What a service serves, as one text: the same after a restart with the same collections."""
     served = [str(engine.folder.path.resolve())] if engine.folder else sorted(engine.places())
     return hashlib.sha256("\n".join(served).encode()).hexdigest()[:32]
-
-
-def _sizes(app: FastAPI) -> dict[str, int]:
-    engine: Engine | None = app.state.engine
-    sizes: dict[str, int] = {}
-    if engine is not None:
-        for name in engine.names():
-            with suppress(UnknownCollection):  # deleted this moment
-                sizes[name] = engine.count(name)
-    return sizes
 
 
 PROBLEM_RESPONSE: dict[int | str, dict[str, Any]] = {

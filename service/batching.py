@@ -50,6 +50,8 @@ class WorkerPool:
         self._deadline = deadline_seconds
         self._lock = threading.Lock()
         self._taken = 0
+        self.observe: Callable[[int], None] = lambda taken: None
+        """Told whenever `taken` changes."""
 
     @property
     def taken(self) -> int:
@@ -70,6 +72,7 @@ class WorkerPool:
                     f"{self._taken} requests are already running or waiting; try again in a moment"
                 )
             self._taken += 1
+            self.observe(self._taken)
         asked = time.monotonic()
         context = copy_context()  # what times the request goes along
         context.run(_answer_by.set, asked + self._deadline)
@@ -95,6 +98,7 @@ class WorkerPool:
     def _release(self, _: Future[Any] | None) -> None:
         with self._lock:
             self._taken -= 1
+            self.observe(self._taken)
 
     def close(self) -> None:
         """Finish what runs and forget what waits."""

@@ -354,6 +354,10 @@ class Engine:
             for fingerprint, encoder in sorted(self._encoders.items())
         ]
 
+    def encoders(self) -> list[ImageEncoder]:
+        """Those that answer here, by fingerprint."""
+        return [encoder for _, encoder in sorted(self._encoders.items())]
+
     # Pictures to vectors
 
     def embed(self, images: Sequence[bytes], *, model: str | None = None) -> tuple[str, Vector]:

@@ -58,6 +58,8 @@ SECTION = Section(
     ),
 )
 COLUMNS = "id, kind, collection, state, progress, message, created, started, ended, result, problem"
+KINDS = ("rebuild", "upsert", "duplicates")
+STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 KEPT_SECONDS = 30 * 24 * 3600
 """Jobs that ended longer ago are forgotten."""
 TOLD_SECONDS = 0.5
@@ -210,6 +212,22 @@ class Jobs:
                 (json.dumps(list(places)), limit),
             ).fetchall()
         return [self._as_it_stands(row) for row in rows]
+
+    def count(self, places: Iterable[str]) -> dict[tuple[str, str], int]:
+        """(kind, state) -> how many jobs of these collections there are; 0 where there are none."""
+        counts = {(kind, state): 0 for kind in KINDS for state in STATES}
+        state = self._drawer.if_there()
+        if state is not None:
+            with state.reading() as db:
+                counts |= {
+                    (kind, found): count
+                    for kind, found, count in db.execute(
+                        "SELECT kind, state, COUNT(*) FROM jobs "
+                        "WHERE place IN (SELECT value FROM json_each(?)) GROUP BY kind, state",
+                        (json.dumps(list(places)),),
+                    )
+                }
+        return counts
 
     def unfinished(self, place: str) -> list[Job]:
         """Jobs of a collection that are queued or running."""

@@ -177,8 +177,7 @@ def refuse_unavailable(asked: SearchOptions) -> None:
 
 
 def reply(found: Answer, asked: SearchOptions) -> Response:
-    timing = f"embed;dur={found.embed_ms:.2f}, search;dur={found.search_ms:.2f}"
-    return answer(search_answer(found, asked), headers={"Server-Timing": timing})
+    return answer(search_answer(found, asked))
 
 
 def search_answer(found: Answer, asked: SearchOptions) -> dict[str, Any]:

@@ -49,7 +49,8 @@ function note(collection, header, whole) {
   const stages = Object.fromEntries(
     [...(header ?? "").matchAll(/(\w+);dur=([\d.]+)/g)].map(([, name, duration]) => [name, Number(duration)]),
   );
-  const { embed = 0, search = 0 } = stages;
+  const embed = (stages.decode ?? 0) + (stages.inference ?? 0);
+  const search = (stages.search ?? 0) + (stages.payload ?? 0);
   timings.push({ at: Date.now(), collection, embed, search, rest: Math.max(0, whole - embed - search) });
   if (timings.length > KEPT) timings.shift();
 }
