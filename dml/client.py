@@ -113,6 +113,7 @@ class Collection:
     accepts: tuple[str, ...]
     index: Mapping[str, Any] | None = None
     measured_recall: float | None = None
+    promised_recall: float | None = None  # recall@10 that the index was chosen for
     generation: int | None = None
     pending: int | None = None
     bytes_on_disk: int | None = None
@@ -168,6 +169,18 @@ class Judgement:
     relevant: bool
     key: str | None  # the name of the API key that it came with
     at: str  # ISO 8601, UTC
+
+
+@dataclass(frozen=True)
+class Service:
+    """What answers, and what this client may do there."""
+
+    name: str
+    version: str
+    limits: Mapping[str, int]
+    key: str | None  # the name of the key that is sent; None: none is needed
+    scope: Literal["search", "write", "admin"]
+    read_only: bool
 
 
 @dataclass(frozen=True)
@@ -503,6 +516,9 @@ class Client:
         dim: int | None = None,
         kind: str = "auto",
         options: Mapping[str, Any] | None = None,
+        target_recall: float | None = None,
+        memory_budget: int | None = None,
+        latency_budget: float | None = None,
     ) -> Collection:
         """Have an empty collection of this name; one with the same settings stays as it is.
 
@@ -510,8 +526,17 @@ class Client:
             model: fingerprint of an encoder of the service, or its beginning; None: the only one.
             dim: for vectors that are made elsewhere; `model` is any text then.
             kind, options: of the index.
+            target_recall: recall@10 that the index is to keep, instead of a kind; with at most so many bytes
+                (`memory_budget`) and seconds of one query (`latency_budget`).
         """
-        body: dict[str, Any] = {"index": {"kind": kind, "options": dict(options or {})}}
+        promise = {
+            "target_recall": target_recall,
+            "memory_budget": memory_budget,
+            "latency_budget": latency_budget,
+        }
+        index: dict[str, Any] = {"kind": kind, "options": dict(options or {})}
+        index |= {name: value for name, value in promise.items() if value is not None}
+        body: dict[str, Any] = {"index": index}
         body |= {k: v for k, v in (("model", model), ("dim", dim)) if v is not None}
         return collection_answer(self._json("PUT", self._place(name), json=body))
 
@@ -543,6 +568,11 @@ class Client:
         return [Judgement(**json.loads(line)) for line in text.splitlines() if line]
 
     # What there is
+
+    def about(self) -> Service:
+        """What answers, its limits, and what this client may do there."""
+        found = self._json("GET", "/v1")
+        return Service(**{name: found[name] for name in Service.__dataclass_fields__})
 
     def collections(self) -> list[Collection]:
         found: list[Collection] = []

@@ -26,6 +26,7 @@ from service import problems, schemas
 from service.auth import NEEDED, Gate, authorize
 from service.batching import WorkerPool
 from service.engine import Engine
+from service.examples import add_examples
 from service.keys import Keys, Scope
 from service.metrics import Metrics
 from service.middleware import Envelope
@@ -176,6 +177,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         components = document.setdefault("components", {}).setdefault("schemas", {})
         components.update(definitions["$defs"])
         _describe_keys(document)
+        add_examples(document)
         app.openapi_schema = document
     return app.openapi_schema
 

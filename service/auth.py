@@ -215,6 +215,7 @@ async def authorize(request: Request) -> None:
     state["key_id"] = None if text is None else id_of(text)
     key = gate.identify(text, address)
     state["key"] = None if key is None else key.name
+    state["scope"] = Scope.ADMIN if key is None else key.scope
     verdict = gate.count(key, address)
     if verdict is not None:
         state["headers"] = verdict.headers("address" if key is None else "key")

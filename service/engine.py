@@ -676,7 +676,7 @@ class Engine:
             model: fingerprint of an encoder that answers here, or its beginning; None: the only one. With
                 `dim`, any text that says what made the vectors.
             dim: for vectors that are made elsewhere: their length.
-            index: {"kind", "options"}.
+            index: {"kind", "options", "promise"}.
 
         Raises:
             Conflict: there is one with other settings, or an alias of this name.
@@ -685,6 +685,11 @@ class Engine:
         """
         with self._changing:
             folder = self._own_folder(name)
+            if dim is None and not self._encoders:
+                raise NotAvailable(
+                    f'"{name}" would be for pictures, and this service has no encoder for them. Give dim, '
+                    f"for vectors that are made elsewhere, or start it with dml serve --encoder FOLDER."
+                )
             fingerprint = self._choose(model) if dim is None else model or "unknown"
             dim = dim if dim is not None else self._encoders[fingerprint].dim
             if name in self._collections:

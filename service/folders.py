@@ -10,6 +10,7 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class Folder:
                 name=name,
                 index=index["kind"],
                 options=index["options"],
+                promise=index["promise"],
                 encoder_info=about_encoder(encoder),
             )
             made.close()
@@ -107,9 +109,13 @@ class Folder:
     @staticmethod
     def check_same(info: CollectionInfo, *, dim: int, fingerprint: str, index: Mapping[str, Any]) -> None:
         """Raises Conflict, naming what differs."""
-        wanted = {"dim": dim, "model": fingerprint, **index}
-        is_so = info.manifest["index"]
-        there = {"dim": info.dim, "model": info.fingerprint} | {k: is_so.get(k) for k in index}
+        is_so, promise = info.manifest["index"], index["promise"]
+        there = {"dim": info.dim, "model": info.fingerprint, **is_so}
+        wanted: dict[str, Any] = {"dim": dim, "model": fingerprint}
+        if promise is None:
+            wanted |= {"kind": index["kind"], "options": index["options"]}
+        else:  # kind and options are those that were chosen for it
+            there, wanted["promise"] = {"promise": "none", **there}, asdict(promise)
         for name, value in wanted.items():
             if there[name] != value:
                 raise Conflict(
@@ -188,12 +194,13 @@ def open_all(
         CollectionError, EncoderError, UsageError: as `Engine.open`.
     """
     from dml.encoder import Encoder
+    from dml.encoder.profiles import named
 
     collections: dict[str, Collection] = {}
     known: dict[str, Encoder] = {}
     try:
         for path in encoders:
-            encoder = Encoder.load(path, runtime=runtime)
+            encoder = Encoder.load(path, **named(runtime))
             known.setdefault(encoder.fingerprint, encoder)
         for path in paths:
             open_one(path, collections, known, runtime=runtime, settings=settings)
@@ -214,10 +221,11 @@ def open_one(
 ) -> None:
     """Open one, and put it and its encoder among the others."""
     from dml.collection.encoding import check_profile, load_encoder_of
+    from dml.encoder.profiles import named
 
     recover(path)  # a collection that a killed build left half replaced, before its encoder is read
     folder = path / "encoder"
-    encoder = load_encoder_of(path, runtime=runtime) if folder.is_dir() else None
+    encoder = load_encoder_of(path, **named(runtime)) if folder.is_dir() else None
     collection = open_collection(
         path, read_only=settings.read_only, fingerprint=encoder.fingerprint if encoder else None
     )

@@ -75,7 +75,8 @@ class Job:
         collection: its name when the job began.
         state: "queued", "running", "succeeded", "failed" or "cancelled".
         progress: the share that is done, 0 to 1; None: not known.
-        message: what is being done, or was done last; "" when there is nothing to say.
+        message: what is being done; of a job that has ended, what it came to, or how far it was when it was
+            given up or failed. "" when there is nothing to say.
         created, started, ended: seconds since 1970; None: not yet.
         result: what it came to, when it succeeded.
         problem: why it failed: a problem document.
@@ -104,6 +105,8 @@ class Control:
 
     progress: float | None = None
     message: str = ""
+    outcome: str = ""
+    """What it came to, in words: the work sets it, and it is the message of a job that succeeded."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _closing: bool = False
     _told: Callable[[], None] = field(default=lambda: None)
@@ -289,6 +292,7 @@ class Jobs:
                 raise Stopped
             self._update(id, "state = 'running', started = ?", time.time(), only="queued")
             result = work(control)
+            control.message = control.outcome  # "reading checksums" is over
             self._end(id, "succeeded", result=result)
         except Stopped:
             if control._closing:

@@ -114,28 +114,39 @@ class BatchItem(Request):
 
 
 class ItemsRequest(Request):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"items": [{"id": "new/1", "vector": [0.1, 0.9], "payload": {"label": "boot"}}]}]
-        }
-    )
     items: Annotated[list[BatchItem], Field(min_length=1, max_length=10_000)]
     wait: bool = Field(default=True, description="false: answered 202 at once, and done as a job")
 
 
-class IndexSettings(Request):
-    kind: str = Field(default="auto", max_length=64, description="auto, flat, hnsw, ivf, …")
-    options: dict[str, Any] = Field(default={}, description="Of that kind")
-    target_recall: float | None = Field(default=None, description="recall@10; only for a rebuild")
-    memory_budget: int | None = Field(default=None, description="Bytes; only for a rebuild")
+class PromiseRequest(Request):
+    """A kind of index, or a promise: the cheapest kind that keeps it is found by measuring."""
+
+    kind: str | None = Field(default=None, max_length=64, description="auto, flat, hnsw, ivf, …")
+    options: dict[str, Any] | None = Field(default=None, description="Of that kind")
+    target_recall: float | None = Field(default=None, gt=0, le=1, description="recall@10")
+    memory_budget: int | None = Field(default=None, gt=0, description="Bytes; with target_recall")
+    latency_budget: float | None = Field(
+        default=None, gt=0, description="Seconds of one query; with target_recall"
+    )
+
+    @model_validator(mode="after")
+    def fits(self) -> "PromiseRequest":
+        if self.target_recall is not None and (self.kind not in (None, "auto") or self.options):
+            raise ValueError("target_recall chooses the kind of index itself; leave out kind and options")
+        if self.target_recall is None and (self.memory_budget or self.latency_budget) is not None:
+            raise ValueError("memory_budget and latency_budget need a target_recall")
+        return self
+
+
+class IndexSettings(PromiseRequest):
+    """The index of a new collection. It is built, or found, when there are items enough; searches are exact
+    until then."""
 
 
 class CollectionRequest(Request):
     """A collection that is to be there."""
 
-    model_config = ConfigDict(
-        protected_namespaces=(), json_schema_extra={"examples": [{"index": {"kind": "hnsw"}}]}
-    )
+    model_config = ConfigDict(protected_namespaces=())
     model: str | None = Field(
         default=None,
         min_length=1,
@@ -147,25 +158,8 @@ class CollectionRequest(Request):
     index: IndexSettings = IndexSettings()
 
 
-class RebuildRequest(Request):
+class RebuildRequest(PromiseRequest):
     """A kind of index, or a promise; neither: as before."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"target_recall": 0.98}, {"kind": "hnsw"}]})
-    kind: str | None = Field(default=None, max_length=64, description="auto, flat, hnsw, ivf, …")
-    options: dict[str, Any] | None = Field(default=None, description="Of that kind")
-    target_recall: float | None = Field(default=None, gt=0, le=1, description="recall@10")
-    memory_budget: int | None = Field(default=None, gt=0, description="Bytes; with target_recall")
-    latency_budget: float | None = Field(
-        default=None, gt=0, description="Seconds of one query; with target_recall"
-    )
-
-    @model_validator(mode="after")
-    def fits(self) -> "RebuildRequest":
-        if self.target_recall is not None and (self.kind is not None or self.options is not None):
-            raise ValueError("target_recall chooses the kind of index itself; leave out kind and options")
-        if self.target_recall is None and (self.memory_budget or self.latency_budget) is not None:
-            raise ValueError("memory_budget and latency_budget need a target_recall")
-        return self
 
 
 class DuplicatesRequest(Request):
@@ -181,9 +175,6 @@ class AliasRequest(Request):
 
 
 class FeedbackRequest(Request):
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"query_id": "3f0c", "id": "boots/12.jpg", "relevant": True}]}
-    )
     query_id: str = Field(min_length=1, max_length=128, description="Of the search answer")
     id: ItemId
     relevant: bool
@@ -397,6 +388,9 @@ class RootAnswer(BaseModel):
     name: str
     version: str
     limits: dict[str, int]
+    key: str | None = Field(description="Name of the key that was sent; null: the service asks for none")
+    scope: Literal["search", "write", "admin"] = Field(description="What the sender may do")
+    read_only: bool = Field(description="Every write is refused, whatever the scope")
 
 
 class FieldError(BaseModel):

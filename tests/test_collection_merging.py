@@ -17,9 +17,10 @@ from dml.collection.derive import Stopped
 from dml.collection.generation import Generation, Snapshot
 from dml.collection.measure import FEWEST, HeldOut, measure_recall
 from dml.collection.merging import Background, is_due, why_build_anew
-from dml.errors import ReadOnly, StorageError, UsageError
+from dml.errors import ConfigError, ReadOnly, StorageError, UsageError
 from dml.index import make_index
 from dml.index.flat import FlatIndex
+from dml.index.tune import Promise
 from dml.storage import ASIDE
 
 DIM = 16
@@ -83,6 +84,33 @@ def held(monkeypatch):
 
 
 # What a merge makes
+
+
+def test_the_first_merge_chooses_the_index_for_a_promise(create, reopen):
+    pytest.importorskip("faiss")
+    shop = create(promise=Promise(0.9))
+    assert shop.info().manifest["index"] == {
+        "kind": "auto", "options": {}, "promise": {"recall": 0.9, "memory": None, "latency": None}
+    }  # fmt: skip
+    shop.add(items(unit(0, 700)))
+    built = shop.merge()
+    assert built["promise"]["holds"] is True
+    assert built["tuning"]["trials"], "kinds were tried"
+    shop.close()
+    chosen = reopen().info().manifest["index"]
+    assert (chosen["kind"], chosen["promise"]["recall"]) == (built["kind"], 0.9)
+    with pytest.raises(ConfigError, match='"hnsw" was given too'):
+        create("other", index="hnsw", promise=Promise(0.9))
+
+
+def test_a_promise_that_nothing_keeps_leaves_the_usual_index_and_says_so(create, caplog):
+    pytest.importorskip("faiss")
+    shop = create(promise=Promise(1.0, memory=100))
+    shop.add(items(unit(0, 300)))
+    built = shop.merge()
+    assert built["promise"]["holds"] is False
+    assert "no index keeps its promise" in caplog.text
+    assert ids_of(shop.search(unit(0, 1), limit=1)[0]) == ["i0"]
 
 
 @pytest.mark.parametrize("kind", ["flat", "faiss_flat", "hnsw", "ivf"])

@@ -81,6 +81,7 @@ def test_the_root_tells_name_version_and_limits(http):
     root = schemas.RootAnswer.model_validate(http.get("/v1").json())
     assert root.limits["max_body_bytes"] == 16 * 1024 * 1024
     assert root.limits["max_pixels"] == 25_000_000
+    assert (root.key, root.scope, root.read_only) == (None, "admin", False)
 
 
 def test_models_are_listed_with_the_collections_they_serve(http):

@@ -228,6 +228,19 @@ def test_the_typed_client_brings_its_key(service):
         client.collections()
 
 
+def test_the_root_tells_what_a_key_may_do(service):
+    told = {scope: service.ask("/v1", scope).json() for scope in Scope}
+    assert {scope: (root["key"], root["scope"]) for scope, root in told.items()} == {
+        scope: (str(scope), str(scope)) for scope in Scope
+    }
+    with Client(service.address, service.texts[Scope.WRITE]) as client:
+        assert (client.about().scope, client.about().key, client.about().read_only) == (
+            "write",
+            "write",
+            False,
+        )
+
+
 # Revoking, expiring, vanishing
 
 

@@ -88,6 +88,7 @@ def test_a_rebuild_is_a_job_that_changes_the_kind_of_index(tmp_path):
         job = ended(http, http.post(f"{PLACE}/rebuild", json={"kind": "hnsw"}))
         assert (job["kind"], job["state"], job["progress"]) == ("rebuild", "succeeded", 1.0)
         assert job["result"]["kind"] == "hnsw"
+        assert job["message"].startswith("hnsw over 20 items")
         assert http.get(PLACE).json()["index"]["kind"] == "hnsw"
         listed = schemas.JobsAnswer.model_validate(http.get("/v1/jobs").json()).items
         assert [entry.id for entry in listed] == [job["id"]]
@@ -102,6 +103,7 @@ def test_a_rebuild_may_promise_a_recall(tmp_path):
         assert http.post(f"{PLACE}/items", json={"items": items}).json()["written"] == 600
         job = ended(http, http.post(f"{PLACE}/rebuild", json={"target_recall": 1.0}))
         assert job["state"] == "succeeded", job
+        assert job["message"].endswith("the promise holds")
         assert http.get(PLACE).json()["index"]["exact"] is True
         both = http.post(f"{PLACE}/rebuild", json={"target_recall": 0.9, "kind": "hnsw"})
         assert "leave out kind" in assert_problem(both, 422, "invalid-request")["detail"]
@@ -137,7 +139,9 @@ def test_duplicates_are_found_by_file_and_by_vector(tmp_path):
     with served(tmp_path) as http:
         copy = http.put(f"{PLACE}/items/copy", files={"file": jpeg("red", 1)})
         assert copy.status_code == 201
-        by_file = ended(http, http.post(f"{PLACE}/duplicates", json={}))["result"]
+        job = ended(http, http.post(f"{PLACE}/duplicates", json={}))
+        by_file = job["result"]
+        assert job["message"] == "1 group found", "and no longer what it was doing"
         assert by_file["duplicates"] == [{"ids": ["copy", "red/1"], "score": None}]
         similar = {"level": "similar", "score_threshold": 0.9999}
         result = ended(http, http.post(f"{PLACE}/duplicates", json=similar))["result"]
@@ -161,6 +165,7 @@ def test_a_batch_that_nobody_waits_for_tells_what_failed(tmp_path):
         response = http.post(f"{PLACE}/items", json={"items": items, "wait": False})
         job = ended(http, response)
         assert (job["result"]["written"], job["result"]["failed"]) == (3, 1)
+        assert job["message"] == "3 of 4 written, 1 could not be"
         [failed] = job["result"]["results"]
         assert (failed["id"], failed["problem"]["status"]) == ("bad", 415)
         assert http.get(PLACE).json()["count"] == 23
@@ -201,7 +206,7 @@ def test_a_job_tells_how_far_it_is_and_can_be_cancelled(jobs):
     assert (running_job.state, running_job.message) == ("running", "half")
     jobs.cancel(job.id)
     until(lambda: jobs.get(job.id).over)
-    assert jobs.get(job.id).state == "cancelled"
+    assert (jobs.get(job.id).state, jobs.get(job.id).message) == ("cancelled", "half")
     assert jobs.cancel(job.id).state == "cancelled", "a second time changes nothing"
 
 

@@ -333,12 +333,41 @@ def test_what_a_collection_cannot_be_made_of_is_told(http):
         ({"model": "ffff"}, "not-available"),
         ({"index": {"kind": "os:system"}}, "invalid-request"),
         ({"index": {"kind": "hnsw", "options": {"spin": 1}}}, "invalid-request"),
-        ({"index": {"target_recall": 0.9}}, "not-available"),
         ({"metric": "euclidean"}, "invalid-request"),
         ({"dim": 0}, "invalid-request"),
     ):
         assert_problem(http.put("/v1/collections/new", json=body), 422, kind)
     assert http.get("/v1/collections/new").status_code == 404
+
+
+def test_a_promise_may_be_made_with_the_collection_and_is_kept_by_a_rebuild(client, http):
+    body = {"dim": 8, "index": {"target_recall": 0.9, "latency_budget": 0.5}}
+    assert http.put("/v1/collections/vectors", json=body).status_code == 201
+    assert client.collection("vectors").promised_recall == 0.9
+    assert http.put("/v1/collections/vectors", json=body).status_code == 200
+    vectors = np.random.default_rng(0).normal(size=(60, 8))
+    client.put_items("vectors", [BatchItem(f"v{n}", vector=row) for n, row in enumerate(vectors)])
+    job = client.wait_for(client.rebuild("vectors"))
+    assert job.result is not None
+    assert job.result["promise"]["recall"] == 0.9
+    assert "the promise holds" in job.message
+    again = client.create_collection("vectors", dim=8, target_recall=0.9, latency_budget=0.5)
+    assert (again.count, again.promised_recall) == (60, 0.9)
+    other = http.put("/v1/collections/vectors", json={"dim": 8, "index": {"target_recall": 0.99}})
+    assert "with promise {'recall': 0.9" in assert_problem(other, 409, "conflict")["detail"]
+    for wrong in ({"target_recall": 0.9, "kind": "hnsw"}, {"memory_budget": 1000}, {"target_recall": 2}):
+        refused = http.put("/v1/collections/new", json={"dim": 8, "index": wrong})
+        assert_problem(refused, 422, "invalid-request")
+
+
+def test_a_collection_for_pictures_needs_an_encoder_and_is_told_so(tmp_path):
+    engine = Engine({"colours": colour_collection(tmp_path / "colours")}, folder=Folder(tmp_path))
+    with running(create_app(engine)) as address, httpx.Client(base_url=address) as http:
+        told = assert_problem(http.put("/v1/collections/new", json={}), 422, "not-available")["detail"]
+        assert "no encoder" in told
+        assert "--encoder FOLDER" in told
+        assert http.put("/v1/collections/new", json={"dim": 4}).status_code == 201
+    engine.close()
 
 
 def test_a_service_without_a_folder_makes_and_deletes_none(tmp_path):

@@ -10,6 +10,7 @@ from dml.collection.base import Collection, CollectionInfo, Hit, Item, NewItem, 
 if TYPE_CHECKING:
     from dml.collection.local import LocalCollection
     from dml.collection.merging import MergeMode
+    from dml.index.tune import Promise
 
 __all__ = [
     "Collection",
@@ -34,6 +35,7 @@ def create_collection(
     name: str | None = None,
     index: str = "auto",
     options: Mapping[str, Any] | None = None,
+    promise: "Promise | None" = None,
     roots: Mapping[str, str | Path] | None = None,
     encoder_info: Mapping[str, Any] | None = None,
     device: str = "auto",
@@ -48,6 +50,8 @@ def create_collection(
         name: defaults to the folder's name, without ".collection".
         index: "auto", or a key of `dml.index.KINDS`: what `build_index` makes when it is not told otherwise.
         options: of that kind, see `dml.index.make_index`.
+        promise: a recall that the index shall keep, instead of a kind. The collection is searched exactly
+            until the first merge, or `build_index`, chooses the cheapest index that keeps it.
         roots: name -> folder, for pictures that stay where they are.
         encoder_info: kept in the manifest for people to read.
         device: where the index runs: "auto", "cpu" or "cuda:N".
@@ -56,7 +60,7 @@ def create_collection(
 
     Raises:
         CollectionError: the folder is not empty.
-        ConfigError: an unknown index kind.
+        ConfigError: an unknown index kind, or a kind beside a promise.
         StorageError: the disk is full or refuses.
     """
     from dml.collection.create import create_local
@@ -68,6 +72,7 @@ def create_collection(
         name=name,
         index=index,
         options=options or {},
+        promise=promise,
         roots=roots or {},
         encoder_info=encoder_info or {},
         device=device,

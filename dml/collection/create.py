@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dml.collection.merging import MergeMode
 from dml.collection.pictures import make_folder
 from dml.errors import CollectionError, ConfigError, StorageError
 from dml.index import check_options
+from dml.index.tune import Promise
 
 
 def create_local(
@@ -24,6 +26,7 @@ def create_local(
     name: str | None,
     index: str,
     options: Mapping[str, Any],
+    promise: Promise | None,
     roots: Mapping[str, str | Path],
     encoder_info: Mapping[str, Any],
     device: str,
@@ -34,6 +37,8 @@ def create_local(
         raise ConfigError(f"a collection needs vectors of at least 1 number, got dim {dim}")
     check_kind(index)
     check_options(index, options)
+    if promise is not None and (index != "auto" or options):
+        raise ConfigError(f'A promise chooses the kind of index itself; "{index}" was given too.')
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CollectionError(f"{path} is not an empty folder; give a new one, or open what is there.")
     manifest = Manifest(
@@ -41,7 +46,7 @@ def create_local(
         dim=dim,
         fingerprint=fingerprint,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        index={"kind": index, "options": dict(options)},
+        index={"kind": index, "options": dict(options)} | ({"promise": asdict(promise)} if promise else {}),
         roots={key: str(Path(root).absolute()) for key, root in roots.items()},
         encoder=dict(encoder_info),
     )

@@ -28,7 +28,8 @@ class Manifest:
     created: str  # ISO 8601, UTC
     metric: str = "cosine"
     index: Mapping[str, Any] = field(default_factory=dict)
-    """What was asked for: {"kind": "auto" or a kind, "options": {...}}."""
+    """What was asked for: {"kind": "auto" or a kind, "options": {...}}, and "promise" where there is one. Kind and
+    options are then those that were chosen for it; "auto" until then."""
     built: Mapping[str, Any] = field(default_factory=dict)
     """What the last build made: kind, sequence, count, seconds, measured recall; {} before the first."""
     roots: Mapping[str, str] = field(default_factory=dict)
@@ -77,13 +78,26 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
         tree = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
-        raise UnknownCollection(
-            f"There is no collection at {folder} (no {FILE} in it). "
-            f"`dml index build FOLDER --encoder RUN --out {folder}` makes one."
-        ) from None
+        raise UnknownCollection(no_collection(folder)) from None
     except (OSError, ValueError) as error:
         raise DamagedFile(f"{path} cannot be read: {error}") from error
     return parsed(tree, path, sealed=seal_fits(data))
+
+
+def no_collection(folder: Path) -> str:
+    """What to tell of a place without a collection: what is there is kept, so one is made elsewhere."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return (
+            f"There is no collection at {folder}. `dml index build FOLDER --encoder RUN --out {folder}` "
+            f"makes one of a folder of pictures."
+        )
+    if not folder.is_dir():
+        return f"{folder} is a file; a collection is a folder, as `dml index build` makes it."
+    new = folder.with_name(folder.name + SUFFIX) if folder.name else Path(f"new{SUFFIX}")
+    return (
+        f"{folder} is not a collection (no {FILE} in it). If it holds pictures, `dml index build {folder} "
+        f"--encoder RUN --out {new}` makes one of them."
+    )
 
 
 def parsed(tree: Any, path: Path, *, sealed: bool | None) -> Manifest:

@@ -10,6 +10,7 @@ from service.engine import Engine, Model
 from service.folders import check_index
 from service.memory import Conflict
 from service.repeats import ONCE, OnceRoute
+from service.routes.jobs import promise_of
 from service.routes.parts import (
     Limits,
     Name,
@@ -18,7 +19,6 @@ from service.routes.parts import (
     answer,
     cursor_of,
     in_thread,
-    not_available,
     read_json,
     takes,
 )
@@ -133,12 +133,8 @@ async def create(request: Request, engine: Ready, settings: Limits, name: Name) 
     """Have an empty collection of this name; 200: one with the same settings is there, and stays. One that
     was put into the folder of the service after its start (by `dml index build`) is opened."""
     asked = await read_json(request, CollectionRequest)
-    if asked.index.target_recall is not None or asked.index.memory_budget is not None:
-        raise not_available(
-            "index",
-            "a promise is kept by measuring: fill the collection, then POST …/rebuild",
-        )
-    index = {"kind": asked.index.kind, "options": asked.index.options}
+    index = {"kind": asked.index.kind or "auto", "options": asked.index.options or {}}
+    index |= {"promise": promise_of(asked.index)}
     check_index(index["kind"], index["options"])
 
     def make() -> tuple[bool, CollectionInfo, dict[str, Any]]:

@@ -127,6 +127,8 @@ def in_job(
 
     results = engine.put_many(name, items, done=done)
     told = upsert_answer(items, results, place=place, request_id=request_id)
+    failed = f", {told['failed']:,} could not be" if told["failed"] else ""
+    control.outcome = f"{told['written']:,} of {len(items):,} written{failed}"
     return {**told, "results": [entry for entry in told["results"] if "problem" in entry]}
 
 

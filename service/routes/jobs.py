@@ -1,5 +1,7 @@
 """Work that takes longer than a request: begin, look, cancel."""
 
+import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -16,7 +18,7 @@ from service.folders import check_index
 from service.jobs import Control, Job, Jobs
 from service.repeats import ONCE, OnceRoute
 from service.routes.parts import Name, Ready, answer, in_thread, not_available, read_json, takes
-from service.schemas import DuplicatesRequest, JobAnswer, JobsAnswer, RebuildRequest
+from service.schemas import DuplicatesRequest, JobAnswer, JobsAnswer, PromiseRequest, RebuildRequest
 
 router = APIRouter(prefix="/v1", tags=["jobs"], route_class=OnceRoute)
 
@@ -79,21 +81,46 @@ async def rebuild(request: Request, engine: Ready, name: Name) -> Response:
     )
 
 
+def promise_of(asked: PromiseRequest) -> Promise | None:
+    """What an index is to keep; None: nothing was asked for."""
+    if asked.target_recall is None:
+        return None
+    return Promise(asked.target_recall, memory=asked.memory_budget, latency=asked.latency_budget)
+
+
 def rebuilt(engine: Engine, name: str, asked: RebuildRequest, control: Control) -> dict[str, Any]:
     """The work of a rebuild."""
-    promise = None
-    if asked.target_recall is not None:
-        promise = Promise(asked.target_recall, memory=asked.memory_budget, latency=asked.latency_budget)
+    promise = promise_of(asked)
     with engine.using(name) as collection:
         if not isinstance(collection, LocalCollection):  # a database server builds by itself, as a whole
             return build_elsewhere(collection, asked)
-        return collection.build_index(
-            asked.kind,
-            options=asked.options,
+        built = collection.build_index(
+            asked.kind if promise is None else None,
+            options=asked.options if promise is None else None,
             promise=promise,
             say=lambda line: control.tell(None, line),
             stop=control.stops,
         )
+    control.outcome = outcome_of(built)
+    return built
+
+
+def outcome_of(built: Mapping[str, Any]) -> str:
+    """What a rebuild came to, in words."""
+    recall = (built.get("measured") or {}).get("recall_at_10")
+    parts = [f"{built['kind']} over {counted(built['count'], 'item')}"]
+    if isinstance(recall, float) and math.isfinite(recall):
+        parts.append(f"recall@10 {recall:.3f}")
+    promise = built.get("promise")
+    if promise is not None:
+        parts.append(
+            "the promise holds" if promise["holds"] else f"the promise does not hold: {promise['problem']}"
+        )
+    return ", ".join(parts)
+
+
+def counted(count: int, one: str) -> str:
+    return f"{count:,} {one}{'' if count == 1 else 's'}"
 
 
 def build_elsewhere(collection: Any, asked: RebuildRequest) -> dict[str, Any]:
@@ -127,6 +154,8 @@ def found(engine: Engine, name: str, asked: DuplicatesRequest, find: Any, contro
     """The work of a search for duplicates."""
     with engine.using(name) as collection:
         listed = find(collection, asked, control)
+    found = counted(len(listed), "group" if asked.level == "file" else "pair")
+    control.outcome = f"{found} found" if listed else "none found"
     return {
         "level": asked.level,
         "duplicates": listed[: asked.limit],

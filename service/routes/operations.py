@@ -42,8 +42,8 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/v1", tags=["operations"], response_model=RootAnswer)
-async def root(settings: Limits) -> Response:
-    """What answers here, and how much it takes."""
+async def root(request: Request, settings: Limits) -> Response:
+    """What answers here, how much it takes, and what the sender may do."""
     names = (
         "max_body_bytes",
         "max_pixels",
@@ -56,7 +56,12 @@ async def root(settings: Limits) -> Response:
         "max_payload_bytes",
     )
     limits = {name: getattr(settings, name) for name in names}
-    return answer({"name": "dml", "version": __version__, "limits": limits})
+    may = {
+        "key": request.state.key,
+        "scope": str(request.state.scope),
+        "read_only": settings.read_only,
+    }
+    return answer({"name": "dml", "version": __version__, "limits": limits, **may})
 
 
 @router.get("/problems/{slug}", include_in_schema=False)
