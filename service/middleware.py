@@ -109,7 +109,8 @@ class Envelope:
         getattr(self.log, level)(
             "request",
             **exchange.told(),
-            status=code,
+            status=status,
+            **({"aborted": True} if status is None else {}),
             ms=round(1000 * exchange.seconds, 1),
             **{f"{name}_ms": round(1000 * stages[name], 1) for name in STAGES if name in stages},
             received=received,

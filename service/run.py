@@ -2,28 +2,31 @@
 
 import ctypes
 import ipaddress
-import logging
 import os
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from dml import __version__
 from dml.errors import ServiceError, UnknownCollection, UsageError
 from service.app import create_app
 from service.engine import Engine
 from service.keys import Keys
+from service.logs import configure_logs
 from service.settings import Settings
 from service.state import StateFile, default_folder
+from service.tracing import Tracing
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK = 1024 * 1024
@@ -64,6 +67,7 @@ def serve(
         UsageError: no collections, or a public address without keys and without `insecure`.
         StorageError, DamagedFile: there are keys, but they cannot be read.
         ServiceError: the address is taken.
+        MissingExtra: traces are asked for, and OpenTelemetry is not installed.
         CollectionError, EncoderError: what is to be served cannot be opened.
     """
     settings = settings or Settings()
@@ -75,26 +79,38 @@ def serve(
     configure_logs(settings)
     quiet_decoders()
     give_back_large_blocks()
+    tracing = Tracing.from_environment() if settings.tracing else None
     failures: list[BaseException] = []
+    log, started = structlog.get_logger("service"), time.monotonic()
 
     def fail(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
+    def be_ready(engine: Engine) -> None:
+        items = {name: engine.count(name) for name in engine.names()}
+        log.info("ready", collections=items, seconds=round(time.monotonic() - started, 2))
+        announce(greeting(engine, address, keys_needed=keys.any()))
+
     with bind(host, port) as listening:
         address = address_of(listening)
+        log.info("starting", version=__version__, address=address, process=os.getpid())
         app = create_app(
             lambda: Engine.open(paths, runtime=runtime, settings=settings, data=data, encoders=encoders),
             settings,
             keys=keys,
             state=remembered,
-            on_ready=lambda engine: announce(greeting(engine, address, keys_needed=keys.any())),
+            on_ready=be_ready,
             on_failure=fail,
+            tracing=tracing,
         )
         server = uvicorn.Server(server_config(app, settings, proxies=proxies))
         with signals_only_end_the_server():
             server.run(sockets=[listening])
     remembered.close()
+    if tracing is not None:
+        tracing.close()
+    log.info("stopped", seconds=round(time.monotonic() - started, 2), failed=bool(failures))
     if failures:
         raise failures[0]
 
@@ -230,40 +246,3 @@ def greeting(engine: Engine, address: str, *, keys_needed: bool = False) -> str:
     shown = [f"{name} ({engine.count(name):,} items)" for name in engine.names()]
     asks = "asks for an API key; " if keys_needed else ""
     return f"Serving {', '.join(shown) or 'no collections yet'} at {address} ({asks}Ctrl-C stops)"
-
-
-def configure_logs(settings: Settings, stream: TextIO | None = None) -> None:
-    """Log lines to stderr: plain on a terminal, JSON elsewhere, unless the settings say which."""
-    target: TextIO = stream or sys.stderr
-    plain = settings.log_format == "plain" or (settings.log_format == "auto" and target.isatty())
-    shared = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    last = (
-        [
-            structlog.dev.ConsoleRenderer(
-                colors=target.isatty(), exception_formatter=structlog.dev.plain_traceback
-            )
-        ]
-        if plain
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    )
-    structlog.configure(
-        processors=[*shared, *last],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(target),
-        cache_logger_on_first_use=False,
-    )
-    bridge = logging.StreamHandler(target)  # what uvicorn says, in the same shape
-    bridge.setFormatter(
-        structlog.stdlib.ProcessorFormatter(processors=[*_DROP, *last], foreign_pre_chain=shared)
-    )
-    for name in ("uvicorn", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = ([bridge], False) if name == "uvicorn" else ([], True)
-        logger.setLevel(logging.WARNING)
-
-
-_DROP = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]

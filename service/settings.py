@@ -83,6 +83,10 @@ class Settings:
     """Refuse every write with 403."""
     log_format: Literal["auto", "plain", "json"] = "auto"
     """auto: plain on a terminal, JSON lines elsewhere."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below are left out. A request is info, one that the service failed a warning, a probe debug."""
+    tracing: bool = False
+    """Send a trace of each request to where the OTEL_ variables say."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -72,8 +72,11 @@ def test_serve_answers_a_search_and_stops_on_sigterm(collection, tiny_folder):
         _, log = process.communicate(timeout=20)
     assert process.returncode == 0, log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    assert {"request"} == {line["event"] for line in lines}
-    assert all(line["request_id"] for line in lines)
+    assert (lines[0]["event"], lines[-1]["event"]) == ("starting", "stopped")
+    assert [list(line["collections"]) for line in lines if line["event"] == "ready"] == [["shapes"]]
+    requests = [line for line in lines if line["event"] == "request"]
+    assert [line["status"] for line in requests] == [200, 201]
+    assert all(line["request_id"] for line in requests)
     with serving(str(collection)) as (_, address):
         assert httpx.get(f"{address}/v1/collections/shapes/items/kept").status_code == 200
 

@@ -69,7 +69,16 @@ def serve(
             help="A name to be called by (Host), besides 127.0.0.1 and localhost; may be repeated.",
         ),
     ] = None,
-    log_format: Annotated[str, typer.Option(help="auto, plain or json.")] = "auto",
+    log_format: Annotated[
+        str, typer.Option(help="auto (plain on a terminal, else json), plain or json.")
+    ] = "auto",
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error: lines below it are not written.")
+    ] = "info",
+    tracing: Annotated[
+        bool,
+        typer.Option("--tracing", help="Send OpenTelemetry traces, as the OTEL_ variables say."),
+    ] = False,
 ) -> None:
     """Serve collections: a search page, a REST API (/openapi.json), metrics, until Ctrl-C.
 
@@ -80,6 +89,7 @@ def serve(
     for name, given, known in (
         ("--runtime", runtime, ("auto", "onnx", "torch")),
         ("--log-format", log_format, ("auto", "plain", "json")),
+        ("--log-level", log_level, ("debug", "info", "warning", "error")),
     ):
         if given not in known:
             raise UsageError(f"{name} is one of {', '.join(known)}, got {given}")
@@ -113,6 +123,8 @@ def serve(
             open_metrics=open_metrics,
             read_only=read_only,
             log_format=log_format,  # type: ignore[arg-type]
+            log_level=log_level,  # type: ignore[arg-type]
+            tracing=tracing,
         ),
         announce=typer.echo,
     )
