@@ -10,7 +10,6 @@ them is scraped reads all. What is looked up at the scrape (collections, jobs) i
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client import (
@@ -222,18 +221,6 @@ def share(folder: Path) -> None:
     """
     os.environ[FOLDER_VARIABLE] = str(folder)
     values.ValueClass = values.MultiProcessValue()
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """While the block lasts, whatever counts here counts for itself; for tests of `share`."""
-    before, folder = values.ValueClass, os.environ.get(FOLDER_VARIABLE)
-    try:
-        yield
-    finally:
-        values.ValueClass = before
-        if folder is None:
-            os.environ.pop(FOLDER_VARIABLE, None)
 
 
 def is_shared() -> bool:
