@@ -568,4 +568,5 @@ def is_silence(error: BaseException, reason: str) -> bool:
     code = code() if callable(code) else code
     if getattr(code, "name", "") in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
         return True
-    return bool(re.search(r"(?i)fail connecting|unavailable|deadline.exceeded", reason))
+    # After a restart, a server loads its collections for some seconds while it answers already.
+    return bool(re.search(r"(?i)fail connecting|unavailable|deadline.exceeded|collection not loaded", reason))
