@@ -73,25 +73,35 @@ def in_order(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return {**{name: event[name] for name in FIRST if name in event}, **event}
 
 
+class Verbatim:
+    """A text that is written as it is: renderers write anything but a `str` as its repr."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 def tame(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """Texts that stay on their line, and in their field; tracebacks on lines that look like no other."""
-    tamed = {name: shown(value) for name, value in event.items() if name not in ("event", "exception")}
-    if "event" in event:
-        tamed["event"] = printable(str(event["event"]))
-    if "exception" in event:
-        lines = str(event["exception"]).splitlines()
-        tamed["exception"] = "\n".join(f"    | {printable(line)}" for line in lines)
+    tamed: dict[str, Any] = {}
+    for name, value in event.items():
+        if name == "exception":
+            tamed[name] = "\n".join(f"    | {printable(line)}" for line in str(value).splitlines())
+        elif name in FIRST:
+            tamed[name] = printable(str(value))
+        else:
+            tamed[name] = Verbatim(shown(value))
     return tamed
 
 
-def shown(value: Any) -> Any:
+def shown(value: Any) -> str:
     """A value of a field: in quotes where it would not be seen where it ends."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
     text = printable(str(value))
     if text and not any(c in ' "=' for c in text):
         return text
-    return '"' + text.replace('"', '\\"') + '"'
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def printable(text: str) -> str:
