@@ -22,6 +22,12 @@ DEFAULTS = {
     "KMP_BLOCKTIME": "0",
 }
 
+SERVICE_DEFAULTS = {
+    # OpenBLAS's threads look for more work for some 30 ms after every product: in a service that is asked
+    # several times a second they take the cores from decoding and embedding. 2^4 cycles: they sleep at once.
+    "OPENBLAS_THREAD_TIMEOUT": "4",
+}
+
 CORE_VARIABLE = "OPENBLAS_CORETYPE"
 AVX512_CORE = "SkylakeX"
 AVX512_FLAGS = frozenset({"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl", "fma"})
@@ -39,6 +45,12 @@ def prepare_process() -> None:
         if core is not None:
             os.environ[CORE_VARIABLE] = core
     _prepared = True
+
+
+def prepare_service() -> None:
+    """Set what a process needs besides that answers requests; before numpy and faiss are loaded."""
+    for name, value in SERVICE_DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 def best_core(flags: frozenset[str]) -> str | None:

@@ -14,12 +14,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from dml.collection.base import Collection, CollectionInfo, FilterLike, Hit, Item, NewItem, Payload
+from dml.collection.base import (
+    Collection,
+    CollectionInfo,
+    FilterLike,
+    Hit,
+    Item,
+    NewItem,
+    Payload,
+    SearchResult,
+)
 from dml.collection.examples import query_vector, unit
 from dml.errors import (
     DmlError,
@@ -35,11 +45,12 @@ from dml.errors import (
 )
 from dml.imaging import probe
 from dml.stages import stage
-from service.batching import Batcher, Budget
+from service.batching import Batcher, Budget, check_time
 from service.folders import Folder
 from service.memory import ConditionFailed, Conflict
 from service.pictures import media_type
 from service.settings import Settings
+from service.sharing import PlainSearch, SharedSearches, encoder_batcher
 
 Vector = NDArray[np.float32]
 BATCH = 64
@@ -225,15 +236,12 @@ class Engine:
         self._users: Counter[str] = Counter()
         self._turns: dict[str, threading.RLock] = {}
         self._sizes: dict[str, int] = {}
+        self._shared: WeakKeyDictionary[Collection, SharedSearches] = WeakKeyDictionary()
         self._encoders = {encoder.fingerprint: encoder for encoder in encoders}
         self._batchers = {f: self._batcher(encoder) for f, encoder in self._encoders.items()}
 
-    def _batcher(self, encoder: ImageEncoder) -> Batcher:
-        return Batcher(
-            encoder.embed_arrays,
-            max_batch=self.settings.max_batch,
-            observe=lambda size: self.observers.batch(size),
-        )
+    def _batcher(self, encoder: ImageEncoder) -> Batcher[Vector, Vector]:
+        return encoder_batcher(encoder, self.settings, lambda size: self.observers.batch(size))
 
     @classmethod
     def open(
@@ -380,7 +388,7 @@ class Engine:
                 if len(images) > 1:
                     error.args = (f"image {position}: {error}",)
                 raise
-        return fingerprint, self._batchers[fingerprint](np.stack(arrays))
+        return fingerprint, np.stack(self._batchers[fingerprint](arrays))
 
     def _choose(self, model: str | None) -> str:
         fits = [f for f in self._encoders if model is None or (model and f.startswith(model))]
@@ -397,7 +405,9 @@ class Engine:
         most = self.settings.max_pixels
         try:
             width, height = probe(image, max_pixels=most)
-            with stage("decode"), self.decoding.take(width * height):
+            check_time()
+            coming = self._batchers[fingerprint].coming()
+            with stage("decode"), coming, self.decoding.take(width * height):
                 encoder = self._encoders[fingerprint]
                 return encoder.preprocess(encoder.decode(image, max_pixels=most))
         except InvalidImage as error:
@@ -438,20 +448,7 @@ class Engine:
         embedded = time.perf_counter()
         named = [*([search.query.id] if search.query.id is not None else []), *search.query.positive]
         exclude = list(dict.fromkeys([*named, *search.query.negative]))
-        [result] = collection.search(
-            vector[None],
-            limit=search.limit,
-            offset=search.offset,
-            exact=search.exact,
-            effort=search.effort,
-            score_threshold=search.score_threshold,
-            exclude=exclude,
-            with_vector=search.with_vector,
-            filter=search.filter,
-            group_by=search.group_by,
-            group_size=search.group_size,
-            cursor=search.cursor,
-        )
+        result = self._found(collection, vector, search, exclude)
         ended = time.perf_counter()
         return Answer(
             query_id=uuid.uuid4().hex,
@@ -467,6 +464,39 @@ class Engine:
             search_ms=1000 * (ended - embedded),
             took_ms=1000 * (time.perf_counter() - started),
         )
+
+    def _found(
+        self, collection: Collection, vector: Vector, search: Search, exclude: Sequence[str]
+    ) -> SearchResult:
+        """The result of a search: in one call with others of this moment, where they can share one."""
+        check_time()
+        plain = PlainSearch(
+            search.limit,
+            search.offset,
+            search.exact,
+            search.effort,
+            search.score_threshold,
+            search.with_vector,
+        )
+        if not (exclude or search.filter or search.group_by or search.cursor):
+            return self._sharing(collection)(vector, plain)
+        [result] = collection.search(
+            vector[None],
+            **plain._asdict(),
+            exclude=exclude,
+            filter=search.filter,
+            group_by=search.group_by,
+            group_size=search.group_size,
+            cursor=search.cursor,
+        )
+        return result
+
+    def _sharing(self, collection: Collection) -> SharedSearches:
+        with self._idle:
+            found = self._shared.get(collection)
+            if found is None:
+                found = self._shared[collection] = SharedSearches(collection)
+            return found
 
     def _name_of(self, collection: Collection) -> str:
         """The name that it is served by."""
@@ -562,9 +592,7 @@ class Engine:
             except (InvalidImage, VectorError) as error:
                 rows.append(error)
         if arrays:
-            for place, row in zip(
-                places, self._batchers[collection.fingerprint](np.stack(arrays)), strict=True
-            ):
+            for place, row in zip(places, self._batchers[collection.fingerprint](arrays), strict=True):
                 rows[place] = row
         return rows
 
@@ -782,7 +810,7 @@ def _embed_once(encoder: ImageEncoder, batcher: Batcher) -> None:
     from PIL import Image as pillow
 
     blank = encoder.preprocess(pillow.new("RGB", (64, 64), (127, 127, 127)))
-    batcher(blank[None])
+    batcher([blank])
 
 
 def check(collection: Collection, id: str, condition: Condition | None) -> None:

@@ -57,6 +57,8 @@ class Settings:
     """A request that has not been answered by then is answered 504."""
     max_batch: int = 16
     """Pictures the encoder takes at once when several requests are waiting for it."""
+    max_wait_seconds: float = 0.002
+    """On a GPU, a call of the encoder may wait so long for pictures that are being decoded at that moment."""
     allow_hosts: tuple[str, ...] = ()
     """Names that the service answers to besides 127.0.0.1, localhost and [::1]; none: whatever Host says. On
     a loopback address `dml serve` adds that address, so that no other name is answered to."""

@@ -1,10 +1,13 @@
 """The engine without HTTP, and the two machines that keep the service upright."""
 
 import asyncio
+import random
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +29,8 @@ from dml.errors import (
     UsageError,
     VectorError,
 )
+from dml.imaging import decode
+from service import batching
 from service.batching import Batcher, Budget, DeadlineExceeded, QueueFull, WorkerPool
 from service.engine import Engine, Query, Search, unit
 from service.hosts import check_host
@@ -276,52 +281,228 @@ def test_kinds_of_pictures_are_told_by_their_first_bytes():
 # The batcher
 
 
+class Gate:
+    """A function for a batcher that doubles its rows, when it is let; notes what it was called with."""
+
+    def __init__(self) -> None:
+        self.called, self.go, self.calls = threading.Semaphore(0), threading.Event(), list[list[float]]()
+
+    def __call__(self, rows: list[float]) -> list[float]:
+        self.calls.append(rows)
+        self.called.release()
+        assert self.go.wait(10)
+        return [2 * row for row in rows]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, 10 seconds at most."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.001)
+
+
 def test_rows_come_back_in_order_and_waiting_ones_share_a_call():
-    started, go, sizes = threading.Event(), threading.Event(), []
-
-    def double(rows: np.ndarray) -> np.ndarray:
-        started.set()
-        assert go.wait(10)
-        return 2 * rows
-
-    batcher = Batcher(double, max_batch=4, observe=sizes.append)
+    gate, sizes = Gate(), list[int]()
+    batcher = Batcher(gate, max_batch=4, observe=sizes.append)
     with ThreadPoolExecutor(10) as pool:
-        first = pool.submit(batcher, np.array([[1.0]]))
-        assert started.wait(10)
-        others = [pool.submit(batcher, np.array([[10.0 * n], [10.0 * n + 1]])) for n in range(1, 5)]
-        time.sleep(0.1)  # let all of them join the queue
-        go.set()
-        assert first.result(10).tolist() == [[2.0]]
+        first = pool.submit(batcher, [1.0])
+        assert gate.called.acquire(timeout=10)
+        others = [pool.submit(batcher, [10.0 * n, 10.0 * n + 1]) for n in range(1, 5)]
+        until(lambda: batcher.waiting == 8)
+        gate.go.set()
+        assert first.result(10) == [2.0]
         for n, other in enumerate(others, start=1):
-            assert other.result(10).tolist() == [[20.0 * n], [20.0 * n + 2]]
+            assert other.result(10) == [20.0 * n, 20.0 * n + 2]
     assert sizes == [1, 4, 4]
+    assert (batcher.busy, batcher.waiting) == (0, 0)
     batcher.close()
+
+
+def test_each_lane_makes_a_call_of_its_own_and_takes_a_fair_share_of_what_waits():
+    gate = Gate()
+    batcher = Batcher(gate, lanes=3)
+    with ThreadPoolExecutor(12) as pool:
+        running = [pool.submit(batcher, [float(n)]) for n in range(3)]
+        for _ in running:
+            assert gate.called.acquire(timeout=10)
+        assert batcher.busy == 3
+        waiting = [pool.submit(batcher, [float(n)]) for n in range(3, 12)]
+        until(lambda: batcher.waiting == 9)
+        gate.go.set()
+        assert [done.result(10) for done in [*running, *waiting]] == [[2.0 * n] for n in range(12)]
+    assert max(len(rows) for rows in gate.calls) == 3, "nine rows wait for three lanes"
+    assert sorted(row for rows in gate.calls for row in rows) == list(range(12))
 
 
 def test_a_lone_row_does_not_wait_for_company():
-    batcher = Batcher(lambda rows: rows, max_batch=64)
-    batcher(np.zeros((1, 2)))
-    started = time.perf_counter()
+    threads = []
+    batcher = Batcher(lambda rows: threads.append(threading.get_ident()) or rows, max_batch=64, max_wait=60)
+    started = time.monotonic()
     for _ in range(20):
-        batcher(np.zeros((1, 2)))
-    assert time.perf_counter() - started < 1
-    batcher.close()
+        batcher([0.0])
+    assert time.monotonic() - started < 60, "nobody was announced"
+    assert set(threads) == {threading.get_ident()}, "not even a change of threads"
+
+
+def test_a_call_waits_for_rows_that_are_announced_and_for_no_others():
+    calls: list[list[float]] = []
+    batcher = Batcher(lambda rows: calls.append(rows) or rows, max_batch=8, max_wait=60)
+    with ThreadPoolExecutor(1) as pool:
+        with batcher.coming():
+            first = pool.submit(batcher, [1.0])
+            until(lambda: batcher.busy == 1)
+            assert not calls
+        assert first.result(10) == [1.0], "what was announced did not come"
+        with batcher.coming():
+            first = pool.submit(batcher, [1.0])
+            until(lambda: batcher.busy == 1)
+            batcher([2.0, 3.0])
+    assert calls == [[1.0], [1.0, 2.0, 3.0]]
 
 
 def test_a_failing_call_fails_its_callers_and_no_others():
-    def picky(rows: np.ndarray) -> np.ndarray:
-        if (rows < 0).any():
+    def picky(rows: list[float]) -> list[float]:
+        if min(rows) < 0:
             raise ValueError("negative")
-        return rows
+        return rows[: 1 if 7.0 in rows else None]
 
     batcher = Batcher(picky)
     with pytest.raises(ValueError, match="negative"):
-        batcher(np.array([[-1.0]]))
-    assert batcher(np.array([[1.0]])).tolist() == [[1.0]]
+        batcher([-1.0])
+    with pytest.raises(ValueError, match="1 results for 2 rows"):
+        batcher([7.0, 8.0])
+    assert batcher([1.0]) == [1.0]
+    assert batcher([]) == []
     batcher.close()
     batcher.close()
     with pytest.raises(RuntimeError, match="closed"):
-        batcher(np.array([[1.0]]))
+        batcher([1.0])
+
+
+def test_rows_whose_time_is_over_are_dropped_before_the_call():
+    async def scenario() -> None:
+        gate = Gate()
+        batcher = Batcher(gate)
+        short, long = WorkerPool(2, 2, deadline_seconds=0.05), WorkerPool(2, 2, deadline_seconds=20)
+        first = asyncio.create_task(long.run(lambda: batcher([1.0])))
+        await asyncio.to_thread(gate.called.acquire, timeout=10)
+        with pytest.raises(DeadlineExceeded):
+            await short.run(lambda: batcher([2.0]))
+        patient = asyncio.create_task(long.run(lambda: batcher([3.0])))
+        await asyncio.to_thread(until, lambda: short.taken == 0 and batcher.waiting == 1)
+        gate.go.set()
+        assert (await first, await patient) == ([2.0], [6.0])
+        assert gate.calls == [[1.0], [3.0]]
+        for pool in (short, long):
+            pool.close()
+
+    asyncio.run(scenario())
+
+
+def test_many_threads_get_their_own_results_in_whatever_order_they_come(scale):
+    """Lanes, shares, announcements, deadlines and errors at once."""
+    running, most, lock = [0], [0], threading.Lock()
+
+    def work(rows: list[int]) -> list[int]:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.0005)
+        with lock:
+            running[0] -= 1
+        return [-row for row in rows]
+
+    def ask(number: int) -> bool:
+        rng = random.Random(number)
+        rows = [rng.randrange(1000) for _ in range(rng.choice([1, 1, 1, 2, 20]))]
+        hurried = rng.random() < 0.1
+        token = batching._answer_by.set(time.monotonic() + 0.003 * rng.random()) if hurried else None
+        try:
+            with batcher.coming():
+                time.sleep(0.0005 * rng.random())
+            return batcher(rows) == [-row for row in rows]
+        except DeadlineExceeded:
+            return hurried
+        finally:
+            if token is not None:
+                batching._answer_by.reset(token)
+
+    for lanes, max_wait in ((1, 0.0), (1, 0.0005), (3, 0.0)):
+        most[0], sizes = 0, list[int]()
+        batcher = Batcher(work, max_batch=8, lanes=lanes, max_wait=max_wait, observe=sizes.append)
+        with ThreadPoolExecutor(12) as pool:
+            assert all(pool.map(ask, range(300 * scale)))
+        batcher.close()
+        assert (batcher.busy, batcher.waiting, batcher.announced) == (0, 0, 0)
+        assert most[0] <= lanes
+        assert max(sizes) <= 8
+
+
+# Shared searches
+
+
+def test_searches_of_one_moment_share_a_call_and_are_answered_as_one_by_one(tmp_path):
+    """While one search is held up, nine others come: with two kinds of options, and one that is wrong."""
+    collection = colour_collection(tmp_path / "colours")
+    gate, calls = threading.Event(), list[int]()
+    search = collection.search
+
+    def slow(vectors: np.ndarray, **options: Any) -> Any:
+        calls.append(len(vectors))
+        assert gate.wait(10)
+        return search(vectors, **options)
+
+    collection.search = slow  # only held up, not replaced
+    engine = Engine({"colours": collection}, [ColourEncoder()])
+    vectors = [unit(row, dim=48, where="a row") for row in np.random.default_rng(0).normal(size=(10, 48))]
+    wanted = [Search(Query(vector=v), limit=3 if n % 2 else 5) for n, v in enumerate(vectors)]
+    with ThreadPoolExecutor(11) as pool:
+        first = pool.submit(engine.search, "colours", wanted[0])
+        until(lambda: bool(calls))
+        wrong = pool.submit(engine.search, "colours", Search(Query(vector=vectors[0]), limit=0))
+        others = [pool.submit(engine.search, "colours", one) for one in wanted[1:]]
+        until(lambda: engine._sharing(collection)._batcher.waiting == 10)
+        gate.set()
+        with pytest.raises(UsageError, match="limit"):
+            wrong.result(10)
+        found = [done.result(10) for done in (first, *others)]
+    assert sorted(calls) == [1, 1, 4, 5]
+    for one, answer in zip(wanted, found, strict=True):
+        [alone] = search(np.asarray(one.query.vector)[None], limit=one.limit)
+        assert [hit.id for hit in answer.hits] == [hit.id for hit in alone.hits]
+        assert [hit.score for hit in answer.hits] == pytest.approx(
+            [hit.score for hit in alone.hits], abs=1e-6
+        )
+    engine.close()
+
+
+def test_a_picture_whose_time_is_over_is_not_decoded(tmp_path):
+    decoded: list[int] = []
+
+    class Noting(ColourEncoder):
+        @staticmethod
+        def decode(source: bytes, *, max_pixels: int) -> Image.Image:
+            decoded.append(len(source))
+            return decode(source, max_pixels=max_pixels)
+
+    async def scenario() -> None:
+        pool = WorkerPool(1, 4, deadline_seconds=0.05)
+
+        def late() -> None:
+            time.sleep(0.1)
+            engine.embed([jpeg("red")])
+
+        with pytest.raises(DeadlineExceeded):
+            await pool.run(late)
+        pool.close()
+        assert decoded == []
+        engine.embed([jpeg("red")])
+        assert len(decoded) == 1
+
+    engine = Engine({"colours": colour_collection(tmp_path / "colours", pictures=1)}, [Noting()])
+    asyncio.run(scenario())
+    engine.close()
 
 
 # The budget

@@ -26,7 +26,12 @@ def serve(
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
     ] = 8000,
-    runtime: Annotated[str, typer.Option(help="What runs the encoder: auto, onnx or torch.")] = "auto",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            help="What runs the encoder: auto, onnx, openvino, torch, or a profile as fused/openvino-bf16."
+        ),
+    ] = "auto",
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every write.")] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an address that other machines reach, without keys.")
@@ -84,10 +89,16 @@ def serve(
 
     dml serve shoes.collection bags.collection --port 8000
     """
+    from dml.startup import prepare_service
+
+    prepare_service()  # before anything loads numpy
+    from dml.encoder.profiles import PRECISIONS, named
     from dml.errors import MissingExtra, UsageError
 
+    if not named(runtime)["profile"] and runtime not in ("auto", *PRECISIONS):
+        known = ", ".join(["auto", *PRECISIONS])
+        raise UsageError(f"--runtime is one of {known}, or a profile as fused/openvino-bf16; got {runtime}")
     for name, given, known in (
-        ("--runtime", runtime, ("auto", "onnx", "torch")),
         ("--log-format", log_format, ("auto", "plain", "json")),
         ("--log-level", log_level, ("debug", "info", "warning", "error")),
     ):

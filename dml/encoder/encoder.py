@@ -163,8 +163,20 @@ class Encoder:
         ]
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
-    def embed_arrays(self, arrays: Vectors, *, batch_size: int = BATCH_SIZE) -> Vectors:
+    def spread(self, calls: int) -> Callable[[Vectors], Vectors] | None:
+        """`embed_arrays` for `calls` calls at a time, each on one core, from as many threads: under load no core
+        waits for another then. None where calls are best made one after another, as on a GPU.
+        """
+        runtime = self._concurrent(calls)
+        return None if runtime is None else lambda arrays: self.embed_arrays(arrays, runtime=runtime)
+
+    def embed_arrays(
+        self, arrays: Vectors, *, batch_size: int = BATCH_SIZE, runtime: Runtime | None = None
+    ) -> Vectors:
         """Vectors (N, D) of prepared pixels (N, 3, S, S), as `preprocess` makes them.
+
+        Args:
+            runtime: another one of the same profile.
 
         Raises:
             UsageError: for another shape.
@@ -173,7 +185,10 @@ class Encoder:
         size = self.preprocess.size
         if arrays.ndim != 4 or arrays.shape[1:] != (3, size, size):
             raise UsageError(f"expected prepared pixels (N, 3, {size}, {size}), got {arrays.shape}")
-        parts = [self._run(arrays[start : start + batch_size]) for start in range(0, len(arrays), batch_size)]
+        parts = [
+            self._run(arrays[start : start + batch_size], runtime)
+            for start in range(0, len(arrays), batch_size)
+        ]
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
     def decode(self, source: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:

@@ -9,6 +9,7 @@
     python -m eval.speed ingest --data photos/ --threads 4
     python -m eval.speed search --rows 100000 --dim 128 --threads 1
     python -m eval.speed filters --rows 100000 --dim 128 --kinds hnsw ivf
+    python -m eval.speed service --data photos/ --encoder runs/shoes --memory
 
 Every contender gets the same inputs and threads and must compute the same; repeats alternate between the
 contenders, so that a busy neighbour slows all of them; what counts are medians and ratios inside one run.
@@ -25,9 +26,11 @@ from dml.errors import DmlError
 from eval.speed import race
 
 TABLES = ("losses", "bank", "statistics", "metrics", "memory", "ingest", "filters", "search")
+TABLES = (*TABLES, "service")
 REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1, "ingest": 3} | {
     "filters": 200,
     "search": 7,
+    "service": 3,
 }
 
 
@@ -70,12 +73,16 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--limit-gib", type=float, help="memory: of the process; else what a call may take")
     usage.add_argument("--data", help="ingest: folder or manifest of photos; else some are drawn")
     usage.add_argument("--encoder", type=Path, help="ingest: a trained encoder or run")
-    usage.add_argument("--images", type=int, default=1000, help="ingest: files to embed")
+    usage.add_argument("--images", type=int, default=0, help="ingest, service: files; 0: the table's own")
     usage.add_argument("--kinds", nargs="+", default=["hnsw", "ivf"], help="filters: kinds of index")
     usage.add_argument("--vectors", type=Path, help="filters, search: (N, D) unit vectors in a .npy file")
     usage.add_argument(
         "--targets", type=float, nargs="+", default=[0.95, 0.99], help="search: recall@10 to be reached"
     )
+    usage.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128], help="service: at a time")
+    usage.add_argument("--seconds", type=float, default=6, help="service: of a turn")
+    usage.add_argument("--profiles", nargs="+", help="service: DECODER/RUNTIME-PRECISION of ours")
+    usage.add_argument("--memory", action="store_true", help="service: also with 100,000 vectors of 128")
     usage.add_argument("--patience", type=float, default=120, help="seconds a first call may take")
     usage.add_argument("--out", type=Path, help="JSON file")
     return usage
@@ -181,7 +188,7 @@ def ingest(args: argparse.Namespace) -> dict[str, Any]:
     return speed_of_ingest(
         data=args.data,
         encoder=args.encoder,
-        pictures=args.images,
+        pictures=args.images or 1000,
         repeats=args.repeats,
         threads=args.threads or None,
         trunk=args.trunk or "resnet18",
@@ -239,6 +246,31 @@ def print_filters(result: Mapping[str, Any]) -> str:
     from eval.speed import filters
 
     return filters.print_filters(result)
+
+
+def service(args: argparse.Namespace) -> dict[str, Any]:
+    from eval.speed.service import PROFILES, speed_of_service
+
+    return speed_of_service(
+        data=args.data,
+        encoder=args.encoder,
+        profiles=args.profiles or PROFILES,
+        clients=args.clients,
+        images=args.images or 2000,
+        rows=(args.rows or [20_000])[0],
+        repeats=args.repeats,
+        seconds=args.seconds,
+        trunk=args.trunk or "resnet18",
+        size=args.size,
+        memory=args.memory,
+        say=say,
+    )
+
+
+def print_service(result: Mapping[str, Any]) -> str:
+    from eval.speed import service
+
+    return service.print_service(result)
 
 
 def print_losses(result: Mapping[str, Any]) -> str:
@@ -311,6 +343,7 @@ RUN: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ingest": ingest,
     "filters": filters,
     "search": search,
+    "service": service,
 }
 PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "losses": print_losses,
@@ -321,6 +354,7 @@ PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "ingest": print_ingest,
     "filters": print_filters,
     "search": print_search,
+    "service": print_service,
 }
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ LARGE_BODY = 256 * 1024
 """Bodies above this many bytes are parsed in a thread: below, the hop costs more than the parsing."""
 
 
-# Reaching things
+# Reaching things. Coroutines, all of them: what is no coroutine would be sent through a thread each time.
 
 
-def settings_of(request: Request) -> Settings:
+async def settings_of(request: Request) -> Settings:
     return request.app.state.settings
 
 
-def engine_of(request: Request) -> Engine:
+async def engine_of(request: Request) -> Engine:
     """The engine, or 503 while it is loading."""
     engine = request.app.state.engine
     if engine is None:
@@ -46,11 +46,11 @@ def decoded(value: str) -> str:
     return unquote(value)
 
 
-def collection_name(collection: Annotated[str, Path(description="Name of a collection")]) -> str:
+async def collection_name(collection: Annotated[str, Path(description="Name of a collection")]) -> str:
     return decoded(collection)
 
 
-def item_id(id: Annotated[str, Path(description="Id of an item; a slash in it is written %2F")]) -> str:
+async def item_id(id: Annotated[str, Path(description="Id of an item; a slash in it is written %2F")]) -> str:
     return decoded(id)
 
 
