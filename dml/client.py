@@ -181,6 +181,7 @@ class Service:
     key: str | None  # the name of the key that is sent; None: none is needed
     scope: Literal["search", "write", "admin"]
     read_only: bool
+    default_collection: str | None  # the first that was named at its start
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,10 @@ class Engine:
         """The collections, sorted."""
         return sorted(self._collections)
 
+    def first(self) -> str | None:
+        """The collection that is meant when nobody says which: the first that was named at the start."""
+        return next(iter(self._collections), None)
+
     def resolve(self, name: str) -> str:
         """The collection that a name or alias stands for. Raises UnknownCollection, naming what there is."""
         if name in self._collections:

@@ -183,6 +183,7 @@ EXAMPLES: Mapping[str, list[Any]] = {
             "key": "shop",
             "scope": "search",
             "read_only": False,
+            "default_collection": "shoes",
         }
     ],
     "ProblemAnswer": [

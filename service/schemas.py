@@ -391,6 +391,9 @@ class RootAnswer(BaseModel):
     key: str | None = Field(description="Name of the key that was sent; null: the service asks for none")
     scope: Literal["search", "write", "admin"] = Field(description="What the sender may do")
     read_only: bool = Field(description="Every write is refused, whatever the scope")
+    default_collection: str | None = Field(
+        description="The first that was named at the start; null: there is none, or it is still being read"
+    )
 
 
 class FieldError(BaseModel):

@@ -152,7 +152,7 @@ def test_a_text_file_leaves_everything_as_it_was_and_a_message(page, watched):
     assert page.locator("#problem").is_hidden()
     upload(page, jpeg("blue", 2), "second.jpg")
     page.wait_for_function("() => document.querySelector('#query-name').textContent === 'second.jpg'")
-    assert page.locator(".step").count() == 2
+    page.wait_for_function("() => document.querySelectorAll('.step').length === 2")
     # The browser itself writes refused requests to the console; nothing else may stand there.
     assert all("415" in line for line in watched.console)
     watched.console.clear()

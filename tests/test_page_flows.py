@@ -1,6 +1,7 @@
 """What the page offers beyond a plain search, in a real browser: narrow, compare, go on, add, delete."""
 
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dml.collection import create_collection
 from dml.collection.base import NewItem
 from service.app import create_app
 from service.engine import Engine
+from service.jobs import Control
 from service.keys import Keys, Scope
 from service.settings import Settings
 
@@ -414,7 +416,7 @@ def test_where_nothing_may_be_written_nothing_offers_it(browser, tmp_path):
     engine.close()
 
 
-def test_a_key_that_may_only_search_is_told_so_once(browser, tmp_path):
+def test_a_key_that_may_only_search_is_offered_no_writing(browser, tmp_path):
     engine = Engine({"shop": fill(tmp_path / "shop")}, [ColourEncoder()])
     keys = Keys(tmp_path / "state")
     text, _ = keys.add("visitor", scope=Scope.SEARCH)
@@ -425,9 +427,30 @@ def test_a_key_that_may_only_search_is_told_so_once(browser, tmp_path):
         page.fill("#key-text", text)
         page.keyboard.press("Enter")
         page.wait_for_selector(".card")
+        page.get_by_text("your key may search only").wait_for()
+        assert page.locator("#add-open").is_hidden()
+        page.context.close()
+    engine.close()
+    keys.close()
+
+
+def test_a_key_that_may_not_write_any_more_is_told_so_once(browser, tmp_path):
+    engine = Engine({"shop": fill(tmp_path / "shop")}, [ColourEncoder()])
+    keys = Keys(tmp_path / "state")
+    (writer, _), (visitor, _) = keys.add("writer", scope=Scope.WRITE), keys.add("visitor", scope=Scope.SEARCH)
+    with running(create_app(engine, keys=keys)) as address:
+        page = browser.new_context().new_page()
+        page.set_default_timeout(10_000)
+        page.goto(f"{address}/#shop")
+        page.fill("#key-text", writer)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".card")
         page.click("#add-open")
+        keys.revoke("writer")
         page.set_input_files("#add-file", [picked("a.jpg", jpeg("red", 1)), picked("b.jpg", jpeg("red", 2))])
         page.click("#add-submit")
+        page.fill("#key-text", visitor)
+        page.keyboard.press("Enter")
         page.wait_for_selector("#add-problem:not([hidden])")
         assert "scope write" in page.locator("#add-problem-detail").inner_text()
         page.click("#add-cancel")
@@ -439,7 +462,85 @@ def test_a_key_that_may_only_search_is_told_so_once(browser, tmp_path):
     keys.close()
 
 
+# Addresses
+
+
+def test_the_first_collection_of_the_command_line_is_shown_unless_the_address_says_otherwise(
+    browser, tmp_path
+):
+    names = ("zebra", "ant")
+    engine = Engine({name: fill(tmp_path / name, each=2) for name in names}, [ColourEncoder()])
+    with running(create_app(engine)) as address:
+        page = browser.new_context().new_page()
+        page.set_default_timeout(10_000)
+        for place, shown in (("", "zebra"), ("#ant", "ant"), ("#/status", "zebra"), ("#%E0%A4%A", None)):
+            page.goto("about:blank")
+            page.goto(f"{address}/{place}")
+            page.wait_for_selector(".card, .sheet, #empty-choices button")
+            assert page.evaluate("document.querySelector('#collection').value") == (shown or "")
+        page.context.close()
+    engine.close()
+
+
+def test_a_collection_that_is_not_there_is_told_and_the_others_are_offered(browser, shop):
+    page = browser.new_context().new_page()
+    page.set_default_timeout(10_000)
+    page.goto(f"{shop}/#trousers/red%2F01")
+    page.get_by_text("There is no collection “trousers” here").wait_for()
+    assert page.locator("#collection").input_value() == ""
+    assert page.locator(".card").count() == 0
+    upload(page, jpeg("red", 2))
+    page.get_by_text("Which collection?").wait_for()
+    assert page.locator("#empty-choices button").all_inner_texts() == [
+        "shop · 64 pictures",
+        "void · 0 pictures",
+    ]
+    page.get_by_role("button", name="shop · 64 pictures").click()
+    page.wait_for_selector(".card")
+    assert page.locator("#collection").input_value() == "shop"
+    page.go_back()
+    page.get_by_text("There is no collection “trousers” here").wait_for()
+    page.context.close()
+
+
+def test_an_alias_in_the_address_leads_to_its_collection(browser, shop):
+    assert httpx.put(f"{shop}/v1/aliases/front", json={"collection": "shop"}).status_code == 201
+    page = browser.new_context().new_page()
+    page.set_default_timeout(10_000)
+    page.goto(f"{shop}/#front/red%2F01")
+    page.wait_for_selector(".score")
+    assert page.locator("#collection").input_value() == "shop"
+    page.context.close()
+
+
 # For who runs the service
+
+
+def test_a_job_is_cancelled_on_the_status(browser, tmp_path):
+    engine = Engine({"shop": fill(tmp_path / "shop")}, [ColourEncoder()])
+    app, release = create_app(engine, state=tmp_path / "state"), threading.Event()
+
+    def work(control: Control) -> dict:
+        while not release.wait(0.01):
+            control.tell(0.25, "16 of 64 items")
+        return {}
+
+    with running(app) as address:
+        place = engine.place("shop")
+        job = app.state.memory.jobs.begin("duplicates", work, collection="shop", place=place)
+        page = browser.new_context().new_page()
+        page.set_default_timeout(10_000)
+        page.goto(f"{address}/#/status")
+        page.get_by_text("16 of 64 items").wait_for()
+        assert page.locator("progress").get_attribute("value") == "0.25"
+        page.get_by_role("button", name="Cancel duplicates · shop").click()
+        page.wait_for_selector(".job.cancelled")
+        assert page.get_by_role("button", name="Cancel duplicates").count() == 0
+        assert page.locator("#live").inner_text() == "duplicates · shop was asked to stop"
+        page.context.close()
+        assert app.state.memory.jobs.get(job.id).state == "cancelled"
+    release.set()
+    engine.close()
 
 
 def test_the_status_lists_the_jobs(browser, shop):
@@ -485,12 +586,16 @@ def test_the_status_says_how_the_collections_are_and_how_quick_searches_were(pag
 
 # For everybody
 
-STATES = ["start", "results", "narrowed", "nothing", "adding", "deleting", "status", "problem"]
+STATES = ["start", "results", "narrowed", "nothing", "adding", "deleting", "status", "problem", "unknown"]
 
 
 def reach(page, state: str) -> None:
     """Bring the page into one of its states."""
     if state == "start":
+        return
+    if state == "unknown":
+        page.evaluate("location.hash = '#trousers'")
+        page.wait_for_selector("#empty-choices button")
         return
     searched(page, halves() if state == "results" else None)
     if state == "results":

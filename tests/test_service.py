@@ -82,6 +82,7 @@ def test_the_root_tells_name_version_and_limits(http):
     assert root.limits["max_body_bytes"] == 16 * 1024 * 1024
     assert root.limits["max_pixels"] == 25_000_000
     assert (root.key, root.scope, root.read_only) == (None, "admin", False)
+    assert root.default_collection == "colours"
 
 
 def test_models_are_listed_with_the_collections_they_serve(http):

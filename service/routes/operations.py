@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
 from dml import __version__
+from service.engine import Engine
 from service.metrics import CONTENT_TYPE
 from service.middleware import NOTHING
 from service.problems import CATALOGUE, Problem
@@ -56,12 +57,14 @@ async def root(request: Request, settings: Limits) -> Response:
         "max_payload_bytes",
     )
     limits = {name: getattr(settings, name) for name in names}
-    may = {
+    engine: Engine | None = request.app.state.engine
+    more = {
         "key": request.state.key,
         "scope": str(request.state.scope),
         "read_only": settings.read_only,
+        "default_collection": engine.first() if engine is not None else None,
     }
-    return answer({"name": "dml", "version": __version__, "limits": limits, **may})
+    return answer({"name": "dml", "version": __version__, "limits": limits, **more})
 
 
 @router.get("/problems/{slug}", include_in_schema=False)

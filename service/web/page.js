@@ -18,7 +18,8 @@ const STATUS = "#/status";
 
 const state = {
   collections: new Map(),
-  collection: null,
+  collection: null, // null: the address names one that is not there
+  first: null, // the collection that is meant when the address names none
   about: null, // what the service says about the collection: a promise
   trail: [],
   at: -1, // the step that is shown; -1 is the start
@@ -124,10 +125,21 @@ function showProblem(error) {
   if (!known) throw error;
 }
 
-function showEmpty(title, detail) {
-  $("empty").querySelector("button")?.remove();
+/** @param choices what can be done about it: [text, act]. */
+function showEmpty(title, detail, choices = []) {
+  const alone = document.body.dataset.view === "unknown"; // nothing else on the page is a heading then
+  for (const [name, value] of [["role", "heading"], ["aria-level", "1"]]) {
+    if (alone) $("empty-title").setAttribute(name, value);
+    else $("empty-title").removeAttribute(name);
+  }
   $("empty-title").textContent = title;
   $("empty-detail").textContent = detail;
+  const buttons = choices.map(([text, act]) => {
+    const button = element("button", { class: "button", type: "button" }, text);
+    button.addEventListener("click", act);
+    return button;
+  });
+  $("empty-choices").replaceChildren(...buttons);
   $("empty").hidden = false;
   $("grid").replaceChildren();
 }
@@ -385,10 +397,8 @@ function showHits(found) {
   $("results-title").textContent = found.hits.length ? all : "No picture";
   if (!found.hits.length) {
     if (narrowed) {
-      showEmpty("Nothing like this here", "No picture meets these conditions. Take one away, or lower the similarity.");
-      const clear = element("button", { class: "button", type: "button" }, "Take all conditions away");
-      clear.addEventListener("click", widen);
-      $("empty").append(clear);
+      const why = "No picture meets these conditions. Take one away, or lower the similarity.";
+      showEmpty("Nothing like this here", why, [["Take all conditions away", widen]]);
     } else showEmpty("Nothing to compare with", "This collection has no other picture yet.");
     return;
   }
@@ -484,7 +494,11 @@ function spread(items, count) {
 }
 
 function take(file) {
-  if (!file || !state.collection) return;
+  if (!file || !state.collections.size) return;
+  if (state.collection === null) {
+    showProblem(new Problem({ title: "Which collection?", detail: "Choose one first, then bring the picture." }));
+    return;
+  }
   if (file.size > state.most) {
     showProblem(new Problem({
       title: "The file is too large",
@@ -505,6 +519,7 @@ function choose(name) {
   $("threshold").value = 0;
   tellThreshold();
   $("collection").value = name;
+  $("collection").disabled = state.collections.size < 2;
   $("status-link").href = STATUS;
   manage(name, state.most);
   offerFilters(name, [], { able: false });
@@ -633,11 +648,11 @@ function listen() {
   $("home").addEventListener("click", (event) => {
     if (event.metaKey || event.ctrlKey || event.shiftKey) return;
     event.preventDefault();
-    restart(state.collection);
+    restart(state.collection ?? state.first);
   });
   $("collection").addEventListener("change", (event) => restart(event.target.value));
   $("grid").addEventListener("keydown", move);
-  window.addEventListener("popstate", (event) => arrive(event.state));
+  window.addEventListener("popstate", (event) => arrive(event.state).catch(showProblem));
 }
 
 /** Begin anew, as a place of its own in the browser's history. */
@@ -655,10 +670,41 @@ function mark(view) {
   else $("status-link").removeAttribute("aria-current");
 }
 
+/** What the address asks for: {name, id}, each null when it does not say. */
+function addressed() {
+  const decoded = (text) => {
+    try {
+      return decodeURIComponent(text);
+    } catch {
+      return text; // cut off by whoever passed the address on
+    }
+  };
+  const [name = "", id = ""] = location.hash.startsWith("#/") ? [] : location.hash.slice(1).split("/").map(decoded);
+  return { name: name || null, id: id || null };
+}
+
+/** The collection that a name stands for: its own, or an alias; null when there is none. */
+async function meantBy(name) {
+  if (state.collections.has(name)) return name;
+  try {
+    const found = await ask(place(name));
+    if (!state.collections.has(found.name)) list([...state.collections.values(), found]); // made since the page was opened
+    return found.name;
+  } catch (error) {
+    if (error.slug !== "unknown-collection") throw error;
+    return null;
+  }
+}
+
 /** Show what the address and the history say: after a reload, a shared link, or a step back. */
-function arrive(past) {
-  const [name, id] = location.hash.startsWith("#/") ? [] : location.hash.slice(1).split("/").map(decodeURIComponent);
-  if (name !== state.collection && state.collections.has(name)) choose(name);
+async function arrive(past) {
+  const { name, id } = addressed();
+  const meant = name === null ? (state.collection ?? state.first) : await meantBy(name);
+  if (meant === null) {
+    showUnknown(name);
+    return;
+  }
+  if (meant !== state.collection) choose(meant);
   if (location.hash.startsWith(STATUS)) {
     showOperation();
   } else if (past && past.at >= 0 && state.trail[past.at]) {
@@ -672,6 +718,25 @@ function arrive(past) {
   }
 }
 
+/** The address names a collection that is not there: say so, and offer those that are. */
+function showUnknown(name) {
+  state.asking?.abort();
+  state.collection = null;
+  state.trail = [];
+  state.at = -1;
+  clear();
+  mark("unknown");
+  document.title = "No such collection · Visual search";
+  $("collection").selectedIndex = -1;
+  $("query").hidden = $("status").hidden = $("narrowed").hidden = $("add-open").hidden = true;
+  $("results").hidden = false;
+  for (const id of ["results-title", "about", "rights"]) $(id).textContent = "";
+  const others = [...state.collections.values()].map((known) => [`${known.name} · ${pictures(known.count)}`, () => restart(known.name)]);
+  const why = `It may have been deleted, or have another name now. ${others.length === 1 ? "This one is here:" : "These are here:"}`;
+  showEmpty(`There is no collection “${name}” here`, why, others);
+  say(`There is no collection ${name} here`);
+}
+
 /** The view for who runs the service. */
 function showOperation() {
   state.asking?.abort();
@@ -682,7 +747,7 @@ function showOperation() {
   $("status").hidden = false;
   window.scrollTo({ top: 0, behavior: "instant" });
   $("status-title").focus({ preventScroll: true });
-  showStatus(state.collections, (name) => restart(name)).catch(showProblem);
+  showStatus([...state.collections.keys()], { visit: restart, writable: !state.denied }).catch(showProblem);
 }
 
 async function showItem(id) {
@@ -698,23 +763,28 @@ async function showItem(id) {
   }
 }
 
+/** Offer these collections. */
+function list(collections) {
+  state.collections = new Map(collections.map((known) => [known.name, known]));
+  $("collection").replaceChildren(...collections.map(({ name }) => element("option", { value: name }, name)));
+  $("collection").disabled = collections.length < 2 && state.collection !== null;
+}
+
 async function main() {
   listen();
   try {
-    const [{ items }, { limits }] = await Promise.all([ask("v1/collections?limit=1000"), ask("v1")]);
+    const [{ items }, { limits, scope, default_collection }] = await Promise.all([ask("v1/collections?limit=1000"), ask("v1")]);
     state.most = limits.max_body_bytes - 64 * 1024; // the form around the file has bytes of its own
     $("most").textContent = size(limits.max_body_bytes);
     if (!items.length) {
       showEmpty("Nothing is served here yet", "Start the service with a collection: dml serve COLLECTION");
       return;
     }
-    state.collections = new Map(items.map((item) => [item.name, item]));
-    $("collection").replaceChildren(...items.map((item) => element("option", { value: item.name }, item.name)));
-    $("collection").disabled = items.length < 2;
+    list(items);
+    state.first = state.collections.has(default_collection) ? default_collection : items[0].name;
+    state.denied = scope === "search";
     $("switcher").hidden = $("places").hidden = false;
-    const asked = decodeURIComponent(location.hash.slice(1).split("/")[0]);
-    choose(state.collections.has(asked) ? asked : items[0].name);
-    arrive(null);
+    await arrive(null);
   } catch (error) {
     showProblem(error);
   }

@@ -1,27 +1,52 @@
 // The view for who runs the service: what is kept, how it is searched, how quick it was, what is under way.
 
 import { ask, place, timings } from "./ask.js";
-import { $, element, milliseconds, pictures, plural, size, svg } from "./draw.js";
+import { $, element, milliseconds, pictures, plural, say, size, svg } from "./draw.js";
 
 const WIDTH = 640;
 const HEIGHT = 96;
 
+const LOOK_AGAIN = 1500; // milliseconds, while a job runs
+
+let watching; // the timer of the next look
+const stopping = new Set(); // ids of jobs that were asked to stop
+
 /**
- * @param collections name -> summary, as the service lists them.
+ * @param names of the collections.
  * @param visit called with the name of a collection that is to be searched.
+ * @param writable whether this visitor may cancel jobs.
  */
-export async function showStatus(collections, visit) {
-  const [root, models, { items: jobs }, ...infos] = await Promise.all([
-    ask("v1"), ask("v1/models"), ask("v1/jobs?limit=20"), ...[...collections.keys()].map((name) => ask(place(name))),
+export async function showStatus(names, { visit, writable }) {
+  clearTimeout(watching);
+  const [root, models, { items: jobs }, ...found] = await Promise.all([
+    ask("v1"), ask("v1/models"), ask("v1/jobs?limit=20"), ...names.map(about),
   ]);
+  const infos = found.filter((info) => info !== null);
   const all = infos.reduce((sum, info) => sum + info.count, 0);
   $("status-lead").textContent = `${pictures(all)} in ${plural(infos.length, "collection", "collections")}, served by ${root.name} ${root.version}.`;
   const fitting = (info) => models.items.find((model) => model.fingerprint === info.model_fingerprint);
+  const again = () => showStatus(names, { visit, writable });
+  const focused = document.activeElement?.dataset.focus;
   $("status-body").replaceChildren(
     block("Collections", ...infos.map((info) => collectionCard(info, fitting(info), visit))),
     block("Your searches", latency()),
-    block("Jobs", jobList(jobs)),
+    block("Jobs", jobList(jobs, writable ? again : null)),
   );
+  if (focused) ($("status-body").querySelector(`[data-focus="${CSS.escape(focused)}"]`) ?? $("status-title")).focus({ preventScroll: true });
+  if (jobs.some(({ ended }) => ended === null)) {
+    const look = () => document.body.dataset.view === "status" && again().catch(() => {}); // the next click says what is wrong
+    watching = setTimeout(look, LOOK_AGAIN);
+  }
+}
+
+/** What is known of a collection; null when it was deleted meanwhile. */
+async function about(name) {
+  try {
+    return await ask(place(name));
+  } catch (error) {
+    if (error.slug !== "unknown-collection") throw error;
+    return null;
+  }
 }
 
 function block(title, ...contents) {
@@ -35,7 +60,7 @@ function facts(entries) {
 
 function collectionCard(info, model, visit) {
   const heading = element("h3", {}, info.name);
-  const go = element("button", { class: "button", type: "button", "aria-label": `Search in ${info.name}` }, "Search");
+  const go = element("button", { class: "button", type: "button", "data-focus": `search ${info.name}`, "aria-label": `Search in ${info.name}` }, "Search");
   go.addEventListener("click", () => visit(info.name));
   const { promised, measured, kept } = recall(info);
   const word = kept === null ? (info.index.exact ? "exact" : null) : kept ? "promise kept" : "below its promise";
@@ -127,22 +152,41 @@ function chart(times) {
 
 // Jobs
 
-function jobList(jobs) {
+/** @param again shows the status anew, after a job was asked to stop; null: this visitor may not ask. */
+function jobList(jobs, again) {
   if (!jobs.length) return element("p", { class: "quiet" }, "None yet. Rebuilding an index or looking for duplicates shows here.");
   const rows = jobs.map((job) => {
     const name = `${job.kind} · ${job.collection}`;
-    const running = job.state === "running";
+    const [open, running] = [job.ended === null, job.state === "running"];
     const bar = running && element("progress", { max: 1, value: job.progress, "aria-label": `Progress of ${name}` });
-    const word = running && job.progress !== null ? `${Math.round(100 * job.progress)} %` : job.state;
+    const word = stopping.has(job.id) && open ? "stopping" : running && job.progress !== null ? `${Math.round(100 * job.progress)} %` : job.state;
     const when = new Date(job.ended ?? job.started ?? job.created).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
     return element(
       "li",
       { class: `job ${job.state}` },
       element("span", {}, name),
       element("span", { class: "job-state" }, [word, when].join(" · ")),
+      open && again && !stopping.has(job.id) ? cancelling(job, name, again) : null,
       job.problem?.detail || job.message ? element("span", { class: "job-message" }, job.problem?.detail ?? job.message) : null,
       bar || null,
     );
   });
   return element("ul", { class: "sheet jobs" }, ...rows);
+}
+
+function cancelling(job, name, again) {
+  const button = element("button", { class: "link", type: "button", "data-focus": `job ${job.id}`, "aria-label": `Cancel ${name}` }, "Cancel");
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    try {
+      await ask(`v1/jobs/${encodeURIComponent(job.id)}`, { method: "DELETE" });
+      stopping.add(job.id);
+      say(`${name} was asked to stop`);
+      await again();
+    } catch (error) {
+      button.disabled = false;
+      button.after(element("span", { class: "job-message", role: "alert" }, error.message));
+    }
+  });
+  return button;
 }
