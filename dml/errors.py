@@ -53,7 +53,7 @@ class ConfigError(UsageError):
 
 class MissingExtra(UsageError):
     def __init__(self, need: str, extra: str) -> None:
-        super().__init__(f'{need} is not installed. Install it with: pip install "dml[{extra}]"')
+        super().__init__(f'{need} is not installed. Install it with: pip install "dml[{extra}]".')
 
 
 class DataError(DmlError):

@@ -207,6 +207,25 @@ def written_aside_folder(path: Path) -> Iterator[Path]:
         flush_to_disk(path.parent)
 
 
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Make `folder` for the block. Where the block fails and has put nothing there, it goes again, and so do
+    those above it that were made for it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first that is not empty ends it
+            for one in missing:
+                one.rmdir()
+        raise
+
+
 def flush_to_disk(path: Path) -> None:
     """fsync a file, or the entries of a folder, so that a rename in it survives a power cut."""
     folder = path.is_dir()

@@ -13,6 +13,7 @@ FLOORS = [
     {
         "dml.registry",
         "dml.config",
+        "dml.devices",
         "dml.imaging",
         "dml.stages",
         "dml.startup",

@@ -101,6 +101,7 @@ def test_every_verb_explains_itself_without_loading_torch(verb: tuple[str, ...])
         (("eval", "no-such-run"), 1, "no-such-run"),
         (("search", "no-such-collection", "x.jpg"), 3, "x.jpg"),
         (("serve", "no-such-collection"), 1, "no-such-collection"),
+        (("keys", "add", "shop"), 2, "--scope search (read), write (also change items) or admin"),
         (("index", "info", "no-such-collection"), 1, "no-such-collection"),
         (("encoder", "create", "--trunk", "resnet5000", "--weights", "none", "--out", "x"), 2, "resnet5000"),
         (("data", "check", "no-such-folder"), 3, "no-such-folder"),
@@ -145,11 +146,13 @@ def test_a_folder_without_classes_and_one_with_a_single_class_are_refused(tmp_pa
     outcome = dml("train", str(empty), "--out", str(tmp_path / "a"))
     assert outcome.returncode == 3
     assert "Traceback" not in outcome.stderr
+    assert not (tmp_path / "a").exists()
     single = tmp_path / "single" / "only"
     single.mkdir(parents=True)
     for number in range(6):
         draw(number).save(single / f"{number}.jpg")
-    outcome = dml("train", str(tmp_path / "single"), "--out", str(tmp_path / "b"))
+    outcome = dml("train", str(tmp_path / "single"), "--out", str(tmp_path / "b" / "c"))
+    assert not (tmp_path / "b").exists()
     assert outcome.returncode == 3
     assert "one class" in outcome.stderr or "class" in outcome.stderr
     assert "Traceback" not in outcome.stderr

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dml.cli.index import app as index_app
 from dml.cli.search import search
-from dml.collection import open_collection
+from dml.collection import create_collection, open_collection
 from dml.collection.build import build_collection
 from dml.errors import (
     CollectionError,
@@ -466,7 +466,7 @@ def test_removed_items_are_gone(shop, tmp_path):
     )
     (tmp_path / "ids.txt").write_text("class_0/2.jpg\n\nclass_0/3.jpg\n")
     said = json.loads(run("remove", shop, "--from", tmp_path / "ids.txt", "--json").stdout)
-    assert said == {"removed": 2, "unknown": 0, "count": 44}
+    assert said == {"removed": 2, "unknown": 0, "count": 44, "files_left": 2}
     with pytest.raises(UnknownItem, match="None of the 1 ids"):
         run("remove", shop, "class_0/0.jpg")
     with pytest.raises(UsageError, match="Unicode text"):
@@ -475,6 +475,67 @@ def test_removed_items_are_gone(shop, tmp_path):
         run("remove", shop)
     with open_collection(shop) as there:
         assert not [i for i in there.scroll(limit=99)[0] if i.id in ("class_0/0.jpg", "class_0/2.jpg")]
+
+
+def test_whoever_removes_items_hears_that_their_files_bring_them_back(pictures, encoder, tmp_path):
+    build_collection(pictures, tmp_path / "shop", encoder=encoder)
+    said = run("remove", tmp_path / "shop", "class_0/0.jpg", "class_0/1.jpg").stderr
+    assert "2 of their files are still there" in said
+    assert "`dml index sync` will add them again" in said
+    (pictures / "class_0" / "2.jpg").unlink()
+    assert run("remove", tmp_path / "shop", "class_0/2.jpg").stderr == ""
+    assert "2 new" in run("sync", tmp_path / "shop", "--dry-run").stdout
+
+
+def test_only_a_known_root_is_moved(shop, tiny_folder, tmp_path):
+    with pytest.raises(UsageError, match=r'no root "fles"; it has: files.*dml index add'):
+        run("root", shop, "fles", tiny_folder)
+    with open_collection(shop) as there:
+        manifest = there.manifest
+        assert list(manifest.roots) == ["files"]
+        there._present.save_manifest(manifest.with_(roots={}))  # as a repair may leave it
+    assert "files = " in run("root", shop, "files", tiny_folder).stdout
+    assert run("verify", shop).exit_code == 0
+
+
+def test_pictures_above_a_number_of_pixels_count_as_unreadable(pictures, tiny_encoder, tmp_path):
+    Image.new("RGB", (400, 300)).save(pictures / "class_0" / "large.png")
+    arguments = ("build", pictures, "--encoder", tiny_encoder, "--out", tmp_path / "shop")
+    said = run(*arguments, "--max-pixels", 100_000)
+    assert "48 added" in said.stdout
+    assert "400 x 300 = 120,000 pixels; at most 100,000 are allowed" in said.stderr
+    assert "1 new" in run("sync", tmp_path / "shop", "--max-pixels", 120_000).stdout
+    assert "0 new" in run("sync", tmp_path / "shop").stdout
+
+
+def test_a_build_that_is_refused_leaves_no_empty_folders(pictures, tiny_encoder, tmp_path):
+    for path in pictures.rglob("*.jpg"):
+        path.write_bytes(b"no picture")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DataError):
+        run("build", pictures, "--encoder", tiny_encoder, "--out", tmp_path / "mine" / "a" / "b" / "shop")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "pictures"]
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+@pytest.mark.parametrize(("folder", "name"), [("shoes.collection", "shoes"), ("shoes", "shoes")])
+def test_the_ending_of_the_folder_is_no_part_of_the_name(folder, name, tiny_folder, encoder, tmp_path):
+    build_collection(tiny_folder / "class_0", tmp_path / folder, encoder=encoder)
+    assert json.loads(run("info", tmp_path / folder, "--json").stdout)["name"] == name
+    with create_collection(tmp_path / f"new.{folder}", dim=4, fingerprint="f") as there:
+        assert there.name == f"new.{name}"
+
+
+def test_a_folder_of_pictures_is_told_how_it_becomes_a_collection(tiny_folder, tmp_path):
+    with pytest.raises(
+        UnknownCollection, match=rf"dml index build {tiny_folder} .*--out {tiny_folder}\.coll"
+    ):
+        run("info", tiny_folder)
+    with pytest.raises(UnknownCollection, match=rf"There is no collection at {tmp_path / 'new'}\. .*--out"):
+        run("info", tmp_path / "new")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UnknownCollection, match="is a file"):
+        run("info", tmp_path / "file")
 
 
 def test_rebuild_changes_the_kind(shop):
@@ -491,6 +552,7 @@ def test_verify_ends_with_1_when_something_is_wrong(shop):
     result = run("verify", shop)
     assert result.exit_code == 1
     assert "cut short" in result.stdout
+    assert result.stderr.strip().endswith("1 problem")
     said = run("verify", shop, "--json")
     assert said.exit_code == 1
     assert len(json.loads(said.stdout)["problems"]) == 1

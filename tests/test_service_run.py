@@ -212,6 +212,16 @@ def test_a_public_address_is_refused_unless_told_or_kept_by_keys(host, tmp_path)
     keys.close()
 
 
+def test_a_collection_that_is_named_twice_is_named_so(tmp_path):
+    (tmp_path / "shoes").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "shoes")
+    run.check_paths([tmp_path / "shoes"])
+    with pytest.raises(UsageError, match="shoes is named twice"):
+        run.check_paths([tmp_path / "shoes", tmp_path / "shoes"])
+    with pytest.raises(UsageError, match=r"link and .*shoes are one folder, which is named twice"):
+        run.check_paths([tmp_path / "shoes", tmp_path / "link"])
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
 def test_loopback_needs_no_permission(host, tmp_path):
     run.check_address(host, insecure=False, keys=Keys(tmp_path))

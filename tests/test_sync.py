@@ -61,7 +61,7 @@ def follow(shop, encoder, source=None, **options):
 
 
 def draw_into(path, draw, seed):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw(seed).save(path, quality=92)
 
 
@@ -229,6 +229,51 @@ def test_a_manifest_s_rows_are_followed(photos, encoder, tmp_path):
         assert counts == {"new": 1, "relabelled": 1, "removed": 1, "unchanged": 22}
         first = min(ids(shop))
         assert shop.get([first])[0].payload == {"label": "kind 0", "price": 99, "seen": True}
+
+
+def test_a_picture_stays_in_its_root_by_whatever_way_it_is_added(
+    shop, photos, encoder, tmp_path, monkeypatch
+):
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    for way in (
+        "photos/class_1/1.jpg",
+        "photos/../photos/class_1/1.jpg",
+        "link/class_1/1.jpg",
+        "link/class_1",
+    ):
+        assert add_to_collection(shop, way, encoder=encoder, settings=ONE).added == 0
+        assert list(shop.manifest.roots) == ["files"]
+        assert shop.get(["class_1/1.jpg"])[0].label == "class_1"
+    assert follow(shop, encoder) == {"unchanged": 48}
+    assert follow(shop, encoder, tmp_path / "link" / "class_1") == {"unchanged": 8}
+
+
+def test_a_folder_of_the_same_name_elsewhere_takes_no_ids_away(shop, photos, encoder, draw, tmp_path):
+    draw_into(tmp_path / "other" / "class_1" / "1.jpg", draw, 80)
+    report = add_to_collection(shop, tmp_path / "other" / "class_1", encoder=encoder, settings=ONE)
+    assert (report.added, report.replaced) == (1, 0)
+    assert {"class_1/1.jpg", "class_1-2/1.jpg"} <= ids(shop)
+    assert follow(shop, encoder) == {"unchanged": 48}
+    assert follow(shop, encoder, tmp_path / "other" / "class_1") == {"unchanged": 1}
+
+
+def test_a_root_above_another_is_followed_as_a_whole(photos, encoder, tmp_path):
+    build_collection(photos / "class_1", tmp_path / "shop", encoder=encoder, settings=ONE)
+    with open_collection(tmp_path / "shop", merge="manual") as shop:
+        add_to_collection(shop, photos, encoder=encoder, settings=ONE)
+        assert {"1.jpg", "photos/class_1/1.jpg", "photos/class_2/1.jpg"} <= ids(shop)
+        assert follow(shop, encoder, photos).get("new", 0) == 0
+        assert follow(shop, encoder) == {"unchanged": 16}
+        (photos / "class_1" / "1.jpg").unlink()
+        assert follow(shop, encoder, photos)["removed"] == 2
+        assert not {"1.jpg", "photos/class_1/1.jpg"} & ids(shop)
+
+
+def test_a_root_may_be_named_by_a_way_with_dots(shop, photos, encoder, tmp_path):
+    shop.set_root("files", tmp_path / "elsewhere" / ".." / "photos")
+    assert shop.manifest.roots == {"files": str(photos)}
+    assert follow(shop, encoder) == {"unchanged": 48}
 
 
 def test_a_folder_below_a_root_is_followed_alone(shop, photos, encoder, draw):

@@ -70,6 +70,12 @@ MaxBadShare = Annotated[
         "--max-bad-share", min=0, max=1, help="Share of unreadable pictures that is still accepted."
     ),
 ]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="PIXELS", help="Largest picture that is read (width x height). Default: 64 million."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -104,6 +110,7 @@ def build(
     batch: BatchSize = 64,
     workers: Workers = None,
     max_bad_share: MaxBadShare = 0.05,
+    max_pixels: MaxPixels = None,
     backend: move.Backend = "local",
     uri: move.Uri = None,
     collection: move.Name = None,
@@ -135,7 +142,7 @@ def build(
             device=device,
             overwrite=overwrite,
             measure=measure,
-            settings=read_settings(store, batch, workers, max_bad_share, duplicates),
+            settings=read_settings(store, batch, workers, max_bad_share, duplicates, max_pixels),
             progress=progress,
             resume=resume,
             uri=uri,
@@ -167,6 +174,7 @@ def add(
     batch: BatchSize = 64,
     workers: Workers = None,
     max_bad_share: MaxBadShare = 0.05,
+    max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
     """Add pictures, or replace those of the same id. They are found at once.
@@ -183,7 +191,7 @@ def add(
                 there,
                 source,
                 encoder=loaded,
-                settings=read_settings(store, batch, workers, max_bad_share, duplicates),
+                settings=read_settings(store, batch, workers, max_bad_share, duplicates, max_pixels),
                 progress=progress,
             )
         if rebuild:
@@ -216,6 +224,7 @@ def sync(
     batch: BatchSize = 64,
     workers: Workers = None,
     max_bad_share: MaxBadShare = 0.05,
+    max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
     """Follow a folder: add what is new, embed what changed, move what moved, forget what is gone.
@@ -235,7 +244,7 @@ def sync(
                 there,
                 source,
                 encoder=None if dry_run else encoder_of(there, encoder, device=device, profile=profile),
-                settings=read_settings(store, batch, workers, max_bad_share, "keep"),
+                settings=read_settings(store, batch, workers, max_bad_share, "keep", max_pixels),
                 dry_run=dry_run,
                 most_removed=1.0 if yes else MOST_REMOVED,
                 progress=progress,
@@ -257,22 +266,33 @@ def remove(
     """Forget items. They are not found any more at once; pictures that lie elsewhere are not touched.
 
     dml index remove shoes.collection red/1.jpg red/2.jpg
+
+    Files that are still there come back with the next `dml index sync`: delete them too.
     """
     from dml.collection import open_collection
+    from dml.collection.sync import still_there
     from dml.errors import UnknownItem, UsageError
 
     wanted = [*(ids or []), *read_ids(ids_from)]
     if not wanted:
         raise UsageError("No ids were given: name them, or use --from FILE.")
     with open_collection(collection, merge="manual") as there:
+        files = still_there(there, wanted)
         gone = there.delete(wanted)
         left = len(there)
     if not gone:
         raise UnknownItem(f'None of the {len(set(wanted))} ids is in {collection}, e.g. "{wanted[0]}".')
     if as_json:
-        print_json({"removed": gone, "unknown": len(set(wanted)) - gone, "count": left})
+        unknown = len(set(wanted)) - gone
+        print_json({"removed": gone, "unknown": unknown, "count": left, "files_left": len(files)})
     else:
         typer.echo(f"removed {gone} of {len(set(wanted))} items, {left} are left")
+    if files and not as_json:
+        typer.echo(
+            f"{len(files):,} of their files are still there ({files[0]}{', …' if len(files) > 1 else ''}): "
+            f"`dml index sync` will add them again, unless they are deleted or moved away",
+            err=True,
+        )
 
 
 @app.command()
@@ -358,13 +378,20 @@ def root(
 ) -> None:
     """Say where pictures that the collection refers to have moved."""
     from dml.collection import open_collection
+    from dml.data.ids import absolute
     from dml.errors import UsageError
 
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}.")
     with open_collection(collection, merge="manual") as there:
+        known = there.manifest.roots
+        if name not in known and not refers_to(there, name):
+            raise UsageError(
+                f'{collection} has no root "{name}"; it has: {", ".join(known) or "none"}. A new folder '
+                f"becomes a root when its pictures are added: dml index add {collection} {folder}"
+            )
         there.set_root(name, folder)
-    typer.echo(f"{name} = {folder.absolute()}")
+    typer.echo(f"{name} = {absolute(folder)}")
 
 
 for command in (*keeping.COMMANDS, *move.COMMANDS, payload_index, tuning):
@@ -372,6 +399,13 @@ for command in (*keeping.COMMANDS, *move.COMMANDS, payload_index, tuning):
 
 
 # Parts of the commands
+
+
+def refers_to(there: "LocalCollection", root: str) -> bool:
+    """Whether an item's picture lies below a root; a manifest that was repaired may not know it any more."""
+    from dml.collection.supply import all_items
+
+    return any(item.picture is not None and item.picture.root == root for item in all_items(there))
 
 
 def load_encoder(path: Path | None, device: str, *, profile: str | None = None) -> "Encoder | None":
@@ -397,17 +431,24 @@ def encoder_of(
 
 
 def read_settings(
-    store: bool, batch: int, workers: int | None, max_bad_share: float, duplicates: str
+    store: bool,
+    batch: int,
+    workers: int | None,
+    max_bad_share: float,
+    duplicates: str,
+    max_pixels: int | None,
 ) -> "Settings":
     """Options of an import. Raises UsageError."""
     from typing import get_args
 
     from dml.collection.importing import Duplicates, Settings
     from dml.errors import UsageError
+    from dml.imaging import DEFAULT_MAX_PIXELS
 
     for choice in get_args(Duplicates):
         if choice == duplicates:
-            return Settings(store, batch, workers, max_bad_share, choice)
+            most = max_pixels or DEFAULT_MAX_PIXELS
+            return Settings(store, batch, workers, max_bad_share, choice, max_pixels=most)
     raise UsageError(f'--duplicates is one of {", ".join(get_args(Duplicates))}; got "{duplicates}"')
 
 

@@ -46,7 +46,7 @@ def verify(
     elif problems:
         for problem in problems:
             typer.echo(problem)
-        typer.echo(f"{len(problems)} problems", err=True)
+        typer.echo("1 problem" if len(problems) == 1 else f"{len(problems)} problems", err=True)
     else:
         typer.echo("" if count is None else f"{count:,} items, ", nl=False)
         typer.echo("everything fits its checksums")

@@ -28,8 +28,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def add(
     name: Annotated[str, typer.Argument(help="What to call it, in lists and in the log: who uses it.")],
     scope: Annotated[
-        str, typer.Option(help="search: read; write: also change items; admin: also collections.")
-    ],
+        str | None,
+        typer.Option(
+            help="search: read; write: also change items; admin: also collections.", show_default=False
+        ),
+    ] = None,
     expires: Annotated[str | None, typer.Option(metavar="90d", help="Lifetime; left out: for good.")] = None,
     rate: Annotated[
         str | None, typer.Option(metavar="100/min", help="What it may ask in s, min, h or d; none: no limit.")
@@ -41,6 +44,13 @@ def add(
 
     dml keys add shop --scope search --expires 90d --rate 600/min
     """
+    from dml.errors import UsageError
+
+    if scope is None:
+        raise UsageError(
+            "Say what the key allows: --scope search (read), write (also change items) or admin (also make "
+            "and delete collections)."
+        )
     keys = open_keys(state)
     from service.keys import Scope, parse_lifetime
     from service.limits import Rate

@@ -23,9 +23,10 @@ from dml.collection.manifest import default_name, read_manifest
 from dml.collection.place import building, clear, clear_beside, put_into_place, recover, turn
 from dml.collection.promised import given_up
 from dml.collection.supply import MAIN_ROOT, Supply, open_supply
+from dml.data.ids import absolute
 from dml.errors import CollectionError, DamagedFile, NotAvailable, UnknownCollection
 from dml.index import check_options
-from dml.storage import flush_to_disk, opened_aside, storage_errors
+from dml.storage import flush_to_disk, no_empty_folders, opened_aside, storage_errors
 
 if TYPE_CHECKING:
     from dml.encoder import Encoder
@@ -84,7 +85,7 @@ def build_collection(
         ModelMismatch: the embeddings were made by another encoder.
         StorageError: the disk is full or refuses.
     """
-    source, out, settings = Path(source), Path(out).absolute(), settings or Settings()
+    source, out, settings = Path(source), absolute(Path(out)), settings or Settings()
     if uri is None and not in_milvus(out):
         check_kind(kind)
         check_options(kind, options or {})
@@ -210,7 +211,7 @@ def build_aside(
     Raises:
         CollectionLocked: another build into `out` runs, or somebody writes to what is to be replaced.
     """
-    with storage_errors(out):
+    with storage_errors(out), no_empty_folders(out.parent):
         collection = begin(supply, out, create=create, resume=resume)
         finished, kept = False, 0
         if len(collection):
@@ -274,7 +275,6 @@ def begin(supply: Supply, out: Path, *, create: Mapping[str, Any], resume: bool)
 
     What other builds have left is cleared.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     with turn(out.parent):
         if (out / LOCK).exists():
             WriterLock(out / LOCK).release()  # rather now than after everything has been embedded

@@ -13,6 +13,7 @@ from dml.collection.local import LocalCollection
 from dml.collection.manifest import Manifest, default_name, write_manifest
 from dml.collection.merging import MergeMode
 from dml.collection.pictures import make_folder
+from dml.data.ids import absolute
 from dml.errors import CollectionError, ConfigError, StorageError
 from dml.index import check_options
 from dml.index.tune import Promise
@@ -47,7 +48,7 @@ def create_local(
         fingerprint=fingerprint,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         index={"kind": index, "options": dict(options)} | ({"promise": asdict(promise)} if promise else {}),
-        roots={key: str(Path(root).absolute()) for key, root in roots.items()},
+        roots={key: str(absolute(Path(root))) for key, root in roots.items()},
         encoder=dict(encoder_info),
     )
     new = not path.exists()

@@ -22,7 +22,7 @@ from dml.collection.notes import FileNote, FileNotes
 from dml.data.ids import relative_path
 from dml.data.reading import check_share
 from dml.errors import UsageError
-from dml.imaging import BadImage
+from dml.imaging import DEFAULT_MAX_PIXELS, BadImage
 
 if TYPE_CHECKING:
     from dml.data.table import Record
@@ -53,6 +53,8 @@ class Settings:
     """More unreadable pictures than this share of all make the import fail."""
     duplicates: Duplicates = "keep"
     """Files of equal bytes under several ids: keep every item (embedded once), or skip all but the first."""
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    """A picture of more counts as unreadable: a small file can unpack to gigabytes."""
 
 
 class Duplicate(NamedTuple):
@@ -177,6 +179,7 @@ class Importer:
             workers=self.settings.workers,
             bad=self.report.bad,
             wanted=is_new,
+            max_pixels=self.settings.max_pixels,
         )
         rows: list[_Row] = []
         committed = time.monotonic()
@@ -264,7 +267,7 @@ class Importer:
 
     def _embedded(self, row: _Row) -> NDArray[np.float32] | None:
         """The item with the same bytes has others by now, or none: embed these after all."""
-        found = self.encoder.embed_files([row.wish.record], workers=1)
+        found = self.encoder.embed_files([row.wish.record], workers=1, max_pixels=self.settings.max_pixels)
         self.report.bad += found.bad
         return found.vectors[0] if len(found.vectors) else None
 

@@ -46,6 +46,7 @@ from dml.collection.present import Present
 from dml.collection.query import Searcher, read_query
 from dml.collection.row_sets import RowSets, items_in_order, matching_ids, with_vectors
 from dml.collection.upkeep import Upkeep
+from dml.data.ids import absolute
 from dml.errors import (
     DamagedFile,
     FilterInvalid,
@@ -256,7 +257,7 @@ class LocalCollection:
     def set_root(self, name: str, folder: str | Path) -> None:
         """Say where the referenced pictures of the root `name` are now. Raises ReadOnly, StorageError."""
         with self._write():
-            roots = {**self.manifest.roots, name: str(Path(folder).absolute())}
+            roots = {**self.manifest.roots, name: str(absolute(Path(folder)))}
             self._present.save_manifest(self.manifest.with_(roots=roots))
 
     def set_encoder_info(self, info: Mapping[str, Any]) -> None:

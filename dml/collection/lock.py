@@ -41,8 +41,8 @@ class WriterLock:
             self._file.close()
             raise CollectionLocked(
                 f"The collection in {path.parent} is being written to by {holder}. "
-                f"Wait for it to end, or stop it. To read there is no need: `dml search` and `dml index info` "
-                f"do so beside it, and `dml serve` with --read-only."
+                f"Wait for it to end, or stop it. Reading goes on beside it: `dml search`, `dml index info`, "
+                f"and `dml serve` with --read-only."
             ) from None
         self._file.truncate(0)
         self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())

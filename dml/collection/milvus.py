@@ -56,6 +56,7 @@ from dml.collection.milvus_table import (
 )
 from dml.collection.pictures import Pictures
 from dml.collection.query import Query, read_query
+from dml.data.ids import absolute
 from dml.errors import (
     CollectionError,
     DamagedFile,
@@ -368,7 +369,7 @@ class MilvusCollection:
         """Say where the pictures of the root `name` are on this machine. Raises ReadOnly, StorageError."""
         self._check_writable()
         self._save_manifest(
-            self.manifest.with_(roots={**self.manifest.roots, name: str(Path(folder).absolute())})
+            self.manifest.with_(roots={**self.manifest.roots, name: str(absolute(Path(folder)))})
         )
         self._pictures = self._open_pictures()
 

@@ -12,6 +12,7 @@ from dml.collection.manifest import Manifest, default_name, write_manifest
 from dml.collection.milvus import FORMAT, MilvusCollection, Place, check_about, chosen_kind
 from dml.collection.milvus_table import MilvusTable, check_kind, check_name, check_uri
 from dml.collection.pictures import make_folder
+from dml.data.ids import absolute
 from dml.errors import CollectionError, ConfigError, UnknownCollection
 
 
@@ -56,7 +57,7 @@ def create_milvus(
         fingerprint=fingerprint,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         index={"kind": index, "options": dict(options or {})},
-        roots={key: str(Path(root).absolute()) for key, root in (roots or {}).items()},
+        roots={key: str(absolute(Path(root))) for key, root in (roots or {}).items()},
         encoder=dict(encoder_info or {}),
         backend=place.written(path),
     )
@@ -109,7 +110,7 @@ def attach_milvus(
             fingerprint=known["fingerprint"],
             created=str(known.get("created", "")),
             index={"kind": index, "options": {}},
-            roots={key: str(Path(root).absolute()) for key, root in (roots or {}).items()},
+            roots={key: str(absolute(Path(root))) for key, root in (roots or {}).items()},
             backend=place.written(path),
         )
         write_manifest(path, manifest)

@@ -135,15 +135,16 @@ class EmbeddingsSupply(Supply):
         report = Report(collection.path, source=f"{total:,} embeddings of {self.dim} numbers")
         if not total:
             raise DataError("There are no embeddings to import.")
-        prefix = ""
+        place = None
         if self.root is not None:
-            prefix = settle_root(collection, self.root, store=self.settings.store).prefix
+            place = settle_root(collection, self.root, store=self.settings.store)
+        prefix = "" if place is None else place.prefix
 
         def items() -> Iterator[NewItem]:
             for done, (item, file, vector) in enumerate(
                 zip(self.embeddings.items, self.files, self.embeddings.vectors, strict=True), start=1
             ):
-                picture = self._picture(file)
+                picture = self._picture(file, place)
                 report.without_picture += not picture
                 yield NewItem(prefix + self._id(item), vector, item.payload, **picture)
                 if progress is not None and (done % COMMIT_EVERY == 0 or done == total):
@@ -164,11 +165,13 @@ class EmbeddingsSupply(Supply):
         path = Path(item.id)
         return relative_path(path, self.above) if path.is_relative_to(self.above) else item.id
 
-    def _picture(self, file: Path) -> dict[str, Any]:
+    def _picture(self, file: Path, place: "Place | None") -> dict[str, Any]:
         """The picture of an item, where it still lies below the root; else the item has a vector only."""
-        if self.root is None or not file.is_file():
+        if self.root is None or place is None or not file.is_file():
             return {}
-        return {"image": file.read_bytes()} if self.settings.store else {"file": file}
+        if self.settings.store:
+            return {"image": file.read_bytes()}
+        return {"file": place.source / file.relative_to(self.root)}
 
 
 def encoder_at(path: Path, fingerprint: str) -> "Encoder | None":
@@ -192,6 +195,7 @@ class Place(NamedTuple):
     folder: Path  # of the root, absolute
     prefix: str  # what ids below the source start with
     source: Path  # the folder that the pictures were found in, absolute: the root, or one below it
+    roots: Mapping[str, str] = {}  # all of them: one may lie below another
 
 
 def open_pictures(source: Path) -> "ImageTable":
@@ -207,22 +211,32 @@ def known_place(collection: LocalCollection, source: Path) -> Place | None:
     """Where a folder lies below the deepest root that holds it; None for a folder elsewhere.
 
     Ids below the root that a collection was built from are paths; below a later one they begin with its name.
+    Links are followed where no root holds the folder as it is written: it has one id by whatever way.
     """
     roots = [(name, Path(folder)) for name, folder in collection.manifest.roots.items()]
-    inside = [(name, folder) for name, folder in roots if source.is_relative_to(folder)]
+    inside = [(source, name, folder) for name, folder in roots if source.is_relative_to(folder)]
+    if not inside:
+        found = source.resolve()
+        real = [(name, folder, folder.resolve()) for name, folder in roots]
+        inside = [
+            (folder / found.relative_to(at), name, folder)
+            for name, folder, at in real
+            if found.is_relative_to(at)
+        ]
     if not inside:
         return None
-    name, folder = max(inside, key=lambda entry: len(entry[1].parts))
+    source, name, folder = max(inside, key=lambda entry: len(entry[2].parts))
     below = source.relative_to(folder).as_posix()
     prefix = ("" if name == MAIN_ROOT else f"{name}/") + ("" if below == "." else f"{below}/")
-    return Place(name, folder, prefix, source)
+    return Place(name, folder, prefix, source, collection.manifest.roots)
 
 
 def settle_root(collection: LocalCollection, root: Path, *, store: bool) -> Place:
     """Make sure that pictures below `root` can be referred to.
 
     Below a root that the collection knows, ids go on being relative to that root, so that the same file has
-    the same id however it is named. A folder elsewhere gets its own name as a prefix.
+    the same id however it is named. A folder elsewhere gets its own name as a prefix, or one with a number
+    where items begin with that already.
     """
     place = known_place(collection, root)
     if place is not None:
@@ -230,16 +244,27 @@ def settle_root(collection: LocalCollection, root: Path, *, store: bool) -> Plac
     known = collection.manifest.roots
     if not known and (store or not len(collection)):
         collection.set_root(MAIN_ROOT, root)
-        return Place(MAIN_ROOT, root, "", root)
-    name, number = root.name or "root", 2
-    while name in known:
-        name, number = f"{root.name}-{number}", number + 1
+        return Place(MAIN_ROOT, root, "", root, collection.manifest.roots)
+    plain = name = root.name or "root"
+    number = 2
+    while name in known or is_begun(collection, name):
+        name, number = f"{plain}-{number}", number + 1
     collection.set_root(name, root)
-    return Place(name, root, f"{name}/", root)
+    return Place(name, root, f"{name}/", root, collection.manifest.roots)
+
+
+def is_begun(collection: LocalCollection, name: str) -> bool:
+    """Whether ids of other pictures begin with NAME/, or will when the folder there is read."""
+    main = collection.manifest.roots.get(MAIN_ROOT)
+    if main is not None and (Path(main) / name).exists():
+        return True
+    items, _ = collection.scroll(after=f"{name}/", limit=1)
+    return bool(items) and items[0].id.startswith(f"{name}/")
 
 
 def wishes_of(table: "ImageTable", place: Place) -> list[Wish]:
     """What the pictures of a table are to be called in a collection, and what is known about them."""
+    table = rebased(table, place.source)
     if place.source != place.folder:
         table = labelled_by_root(table, place.folder)
     ids = item_ids(table.records, place.source)
@@ -247,6 +272,18 @@ def wishes_of(table: "ImageTable", place: Place) -> list[Wish]:
         Wish(place.prefix + id, record, payload_of(record))
         for id, record in zip(ids, table.records, strict=True)
     ]
+
+
+def rebased(table: "ImageTable", root: Path) -> "ImageTable":
+    """The same pictures by the way to them that leads over `root`."""
+    given = table_root(table)
+    if given == root:
+        return table
+
+    def moved(record: "Record") -> "Record":
+        return replace(record, path=root / absolute(record.path).relative_to(given))
+
+    return replace(table, root=root, records=tuple(map(moved, table.records)))
 
 
 def labelled_by_root(table: "ImageTable", root: Path) -> "ImageTable":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dml.collection.base import Item, NewItem
+from dml.collection.base import Item, NewItem, Picture
 from dml.collection.encoding import admit
 from dml.collection.importing import COMMIT_EVERY, Importer, Progress, Report, Settings, Wish, box_of
 from dml.collection.local import LocalCollection
@@ -188,6 +188,20 @@ def move(collection: LocalCollection, moves: Sequence[tuple[Item, Wish]]) -> Non
     collection.delete([item.id for item, wish in moves if item.id != wish.id])
 
 
+def still_there(collection: LocalCollection, ids: Sequence[str]) -> list[Path]:
+    """The files of these items that the next sync would find again."""
+    roots = collection.manifest.roots
+    main = roots.get(MAIN_ROOT)
+    found = []
+    for item in collection.find(ids).values():
+        picture = item.picture
+        if picture is not None and picture.root is not None and picture.root in roots:
+            found.append(Path(roots[picture.root]) / (picture.path or ""))
+        elif picture is not None and main is not None:
+            found.append(Path(main) / item.id)  # a copy, if it is one of this folder's
+    return [path for path in found if path.is_file()]
+
+
 # Finding out
 
 
@@ -231,21 +245,24 @@ def main_folder(collection: LocalCollection) -> Path:
 def path_of(item: Item, place: Place) -> str:
     """The path of an item's file below the root; of a stored picture, what its id says."""
     if item.picture is not None and item.picture.path is not None:
-        return item.picture.path
+        return file_at(item.picture, place).relative_to(place.folder).as_posix()
     return item.id.removeprefix("" if place.name == MAIN_ROOT else f"{place.name}/")
+
+
+def file_at(picture: Picture, place: Place) -> Path:
+    """Where a picture that is referred to lies. Roots may lie below each other, so any may hold it."""
+    return Path(place.roots.get(picture.root or "", "/")) / (picture.path or "")
 
 
 def is_of(item: Item, plan: Plan) -> bool:
     """Whether an item came from the folder: by its picture, or by the note on a file that was copied."""
     if item.picture is None:
         return False
-    scope = plan.place.source.relative_to(plan.place.folder)
-    path = path_of(item, plan.place)
-    if not PurePosixPath(path).is_relative_to(scope):
-        return False
-    if item.picture.kind == "stored":
-        return path in plan.notes
-    return item.picture.root == plan.place.name
+    place = plan.place
+    if item.picture.kind != "stored":
+        return file_at(item.picture, place).is_relative_to(place.source)
+    path = path_of(item, place)
+    return path in plan.notes and (place.folder / path).is_relative_to(place.source)
 
 
 Pairs = list[tuple[Item, Wish]]

@@ -3,8 +3,6 @@ for.
 """
 
 import logging
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dml.data.table import Record
+from dml.devices import shows_cuda
 from dml.encoder.decoders import DECODERS
 from dml.encoder.manifest import INT8, ONNX, WEIGHTS, Manifest, find_encoder, read_manifest, verify_file
 from dml.encoder.preprocess import Preprocess
@@ -207,6 +206,7 @@ class Encoder:
         workers: int | None = None,
         bad: list[BadImage] | None = None,
         wanted: Callable[[ReadFile], bool] | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> Iterator[EmbeddedBatch]:
         """Embed files batch after batch, in order; the next ones are made while the caller works on one.
 
@@ -217,15 +217,17 @@ class Encoder:
             workers: threads that decode, and on a CPU embed; None: as many as there are cores.
             bad: pictures that cannot be read are appended here and left out.
             wanted: asked for every picture that can be read, before it is embedded; False passes it over.
+            max_pixels: a picture with more counts as one that cannot be read, see `dml.imaging.decode`.
         """
         workers = workers or self._threads or processors()
         runtime = self._concurrent(workers)
         steps = Steps(
-            decode=lambda data, name: self._decode(data, self.preprocess, name=name),
+            decode=lambda data, name: self._decode(data, self.preprocess, max_pixels=max_pixels, name=name),
             pixels=self.preprocess.pixels,
             embed=lambda pixels: self._run(self.preprocess.normalise(pixels), runtime),
             concurrent=runtime is not None,
             size=batch_size if runtime is None else min(batch_size, LARGEST_CALL),
+            max_pixels=max_pixels,
         )
         sink = [] if bad is None else bad
         return embed_ahead(sources, steps, workers=workers, bad=sink, wanted=wanted)
@@ -237,14 +239,19 @@ class Encoder:
         batch_size: int = BATCH_SIZE,
         workers: int | None = None,
         on_bad: Callable[[BadImage], None] | None = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> EmbeddedFiles:
         """Embed all files. One that cannot be read is skipped and listed, never fatal.
 
         Args:
             on_bad: called for every picture that is skipped.
+            max_pixels: see `embed_stream`.
         """
         bad: list[BadImage] = []
-        batches = list(self.embed_stream(paths, batch_size=batch_size, workers=workers, bad=bad))
+        stream = self.embed_stream(
+            paths, batch_size=batch_size, workers=workers, bad=bad, max_pixels=max_pixels
+        )
+        batches = list(stream)
         if on_bad is not None:
             for one in bad:
                 on_bad(one)
@@ -295,6 +302,11 @@ def choose_runtime(manifest: Manifest, runtime: str, device: str) -> tuple[str, 
     has_onnx, has_torch = ONNX in manifest.files, find_spec("torch") is not None
     if device == "auto":
         device = "cuda" if runtime in ("auto", "torch") and has_torch and has_cuda() else "cpu"
+    if device.startswith("cuda") and runtime in ("auto", "torch") and not (has_torch or shows_cuda()):
+        raise UsageError(
+            f'This machine shows no CUDA device, so "{device}" cannot be used. Leave --device out, or say '
+            f"--device cpu."
+        )
     if runtime == "auto":
         runtime = "onnx" if device == "cpu" and has_onnx else "torch"
     if runtime == "openvino" and device != "cpu":
@@ -309,11 +321,7 @@ def choose_runtime(manifest: Manifest, runtime: str, device: str) -> tuple[str, 
 
 def has_cuda() -> bool:
     """Whether torch can use a CUDA device; torch is imported only where the machine has one at all."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    nodes = (
-        any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or platform.system() == "Windows"
-    )
-    if hidden or not nodes:
+    if not shows_cuda():
         return False
     import torch
 

@@ -48,6 +48,11 @@ REQUIRED: Mapping[str, type] = {
     "files": dict,
 }
 
+REPAIR = (
+    "Copy the whole folder again, restore a backup (of a collection: `dml index restore`), or make the "
+    "encoder anew with `dml encoder export RUN`."
+)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -117,18 +122,17 @@ def read_manifest(folder: Path) -> Manifest:
         EncoderError: missing or damaged, of a newer format, or contents that do not give its fingerprint.
     """
     path = folder / MANIFEST
-    repair = "Copy the whole folder again, or make it anew with `dml encoder export RUN`."
     try:
         tree = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise EncoderError(f"{path} cannot be read: {error.strerror}. {repair}") from None
+        raise EncoderError(f"{path} cannot be read: {error.strerror}. {REPAIR}") from None
     except ValueError as error:
-        raise EncoderError(f"{path} is damaged: {error}. {repair}") from None
+        raise EncoderError(f"{path} is damaged: {error}. {REPAIR}") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise EncoderError(f'{path} is not the manifest of an encoder (no "format": "{FORMAT}"). {repair}')
+        raise EncoderError(f'{path} is not the manifest of an encoder (no "format": "{FORMAT}"). {REPAIR}')
     version = tree.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise EncoderError(f"{path} is damaged: format_version is {version!r}. {repair}")
+        raise EncoderError(f"{path} is damaged: format_version is {version!r}. {REPAIR}")
     if version > FORMAT_VERSION:
         raise EncoderError(
             f"{path} has format {version}, and this version of dml reads up to {FORMAT_VERSION}. "
@@ -136,14 +140,14 @@ def read_manifest(folder: Path) -> Manifest:
         )
     wrong = [key for key, kind in REQUIRED.items() if not isinstance(tree.get(key), kind)]
     if wrong:
-        raise EncoderError(f"{path} is damaged: {', '.join(wrong)} missing or of a wrong kind. {repair}")
+        raise EncoderError(f"{path} is damaged: {', '.join(wrong)} missing or of a wrong kind. {REPAIR}")
     if tree["metric"] != METRIC:
         raise EncoderError(f'{path} has the metric "{tree["metric"]}"; this version knows "{METRIC}" only.')
     preprocess = Preprocess.from_json(tree["preprocess"])
     if fingerprint_of(tree) != tree["fingerprint"]:
         raise EncoderError(
             f"{path} was changed after it was written: its contents do not give the fingerprint "
-            f"{tree['fingerprint'][:12]}…. {repair}"
+            f"{tree['fingerprint'][:12]}…. {REPAIR}"
         )
     return Manifest(folder, tree, preprocess)
 
@@ -188,16 +192,15 @@ def verify_file(manifest: Manifest, name: str) -> Path:
     """
     path = manifest.folder / name
     expected = manifest.files.get(name)
-    repair = "Copy the folder again, or make it anew with `dml encoder export RUN`."
     if not isinstance(expected, Mapping):
-        raise EncoderError(f"The encoder {manifest.folder} has no {name}. {repair}")
+        raise EncoderError(f"The encoder {manifest.folder} has no {name}. {REPAIR}")
     try:
         found = describe_file(path)
     except OSError as error:
-        raise EncoderError(f"{path} cannot be read: {error.strerror}. {repair}") from None
+        raise EncoderError(f"{path} cannot be read: {error.strerror}. {REPAIR}") from None
     if found != dict(expected):
         raise EncoderError(
             f"{path} is damaged: its checksum is {found['sha256'][:12]}… ({found['bytes']:,} bytes), the "
-            f"manifest says {str(expected.get('sha256'))[:12]}… ({expected.get('bytes')} bytes). {repair}"
+            f"manifest says {str(expected.get('sha256'))[:12]}… ({expected.get('bytes')} bytes). {REPAIR}"
         )
     return path

@@ -24,7 +24,7 @@ from PIL import Image
 
 from dml.data.table import Record
 from dml.errors import InvalidImage
-from dml.imaging import BadImage, crop_box, decode, read_file
+from dml.imaging import DEFAULT_MAX_PIXELS, BadImage, crop_box, decode, read_file
 
 Vectors = NDArray[np.float32]
 
@@ -61,6 +61,7 @@ class Steps(NamedTuple):
     embed: Callable[[NDArray[np.uint8]], Vectors]  # (N, S, S, 3) -> (N, D)
     concurrent: bool  # whether `embed` is called several times at once, on one core each
     size: int  # pictures in a call
+    max_pixels: int = DEFAULT_MAX_PIXELS  # of a picture
 
 
 class _Prepared(NamedTuple):
@@ -143,7 +144,8 @@ def _read(source: Record | Path, index: int, steps: Steps) -> "_Prepared | BadIm
         if record.box is None:
             picture = steps.decode(data, str(path))
         else:
-            picture = crop_box(decode(data, name=str(path)), record.box, str(path))
+            whole = decode(data, name=str(path), max_pixels=steps.max_pixels)
+            picture = crop_box(whole, record.box, str(path))
         pixels = steps.pixels(picture)
     except InvalidImage as error:
         return BadImage(str(path), str(error))

@@ -45,7 +45,8 @@ class TorchRuntime:
     ) -> None:
         if device != "cpu" and not torch.cuda.is_available():
             raise EncoderError(
-                f'torch {torch.__version__} sees no CUDA device, so "{device}" cannot be used here.'
+                f'torch {torch.__version__} sees no CUDA device, so "{device}" cannot be used here. Leave '
+                f"--device out, or say --device cpu."
             )
         if threads is not None and device == "cpu":
             torch.set_num_threads(threads)

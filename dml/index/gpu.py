@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dml.devices import shows_cuda
 from dml.errors import ConfigError, MissingExtra
 from dml.index.base import Vectors
 
@@ -53,7 +54,8 @@ def choose_device(device: str, kind: str, *, on_gpu: bool, faiss: Any) -> str:
             f'The index kind "{kind}" has no GPU form. Use device = "cpu", or another kind (ivf).'
         )
     if not hasattr(faiss, "StandardGpuResources"):
-        raise MissingExtra(f'faiss with GPU support (asked for by device = "{device}")', "gpu")
+        seen = "" if shows_cuda() else "; this machine shows no CUDA device at all"
+        raise MissingExtra(f'faiss with GPU support (asked for by device = "{device}"{seen})', "gpu")
     there = gpu_count(faiss)
     if max(numbers) >= there:
         raise ConfigError(f'There is no "cuda:{max(numbers)}" (given: "{device}"): faiss sees {there} GPUs.')

@@ -24,7 +24,7 @@ import platform
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,7 +48,7 @@ from dml.errors import ConfigError, DataError, TrainingDiverged
 from dml.imaging import BadImage
 from dml.metrics import retrieval_metrics
 from dml.models import build_model
-from dml.storage import storage_errors, write_aside
+from dml.storage import no_empty_folders, storage_errors, write_aside
 from dml.training import processes
 from dml.training.checkpoint import Standing, load_checkpoint, randomness, save_checkpoint
 from dml.training.loop import Learner, Step, learning_rate_schedule, make_optimizer, steps
@@ -573,19 +573,34 @@ def run_folder(out: Path, *, resume: bool) -> Iterator[None]:
     ours = {"checkpoints", "selection", LOCK}
     if out.is_dir() and (found := {p.name for p in out.iterdir()}) and not found & ours:
         raise ConfigError(f"{out} is not empty and holds no run. Choose another --out; nothing was changed.")
-    try:
-        (out / LAST).parent.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("w")
-    except OSError as error:
-        raise ConfigError(f"The run folder {out} cannot be made: {error}") from None
-    with lock:
+    with ExitStack() as stack:
+        new = not out.exists()
+        try:
+            stack.enter_context(no_empty_folders(out))
+            (out / LAST).parent.mkdir(exist_ok=True)
+            lock = stack.enter_context((out / LOCK).open("w"))
+        except OSError as error:
+            raise ConfigError(f"The run folder {out} cannot be made: {error}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
                 f"Another process is training in {out}. Wait for it, or choose another --out."
             ) from None
-        yield
+        try:
+            yield
+        except BaseException:
+            if new:
+                clear_unused(out)
+            raise
+
+
+def clear_unused(out: Path) -> None:
+    """Empty a run folder in which nothing has been written: the data or the recipe were refused."""
+    held = {path.name for path in out.iterdir()}
+    if held <= {"checkpoints", LOCK} and not any((out / LAST).parent.iterdir()):
+        (out / LAST).parent.rmdir()
+        (out / LOCK).unlink()
 
 
 def batch_shape(config: TrainConfig, classes: int) -> tuple[int, int]:
