@@ -1,5 +1,6 @@
 """Run an encoder with ONNX Runtime: no torch needed."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from dml.errors import EncoderError
 
 FATAL_ONLY = 4  # ONNX Runtime's log level: its warnings about the machine are no news to a user
+TELEMETRY_VARIABLE = "ORT_DISABLE_TELEMETRY"
 
 
 class OnnxRuntime:
@@ -52,7 +54,13 @@ class OnnxRuntime:
 
 
 def import_onnxruntime() -> Any:
-    """The package, or an EncoderError that says how to get it."""
+    """The package, or an EncoderError that says how to get it.
+
+    Its newer wheels for Linux note each session in `~/.cache/Microsoft` under an id of the machine, to be sent to
+    their maker. Nothing of what is embedded here is anybody else's business, so that is switched off before the
+    library is loaded, unless the user has set the variable.
+    """
+    os.environ.setdefault(TELEMETRY_VARIABLE, "1")
     try:
         import onnxruntime
     except ImportError as error:
