@@ -19,7 +19,7 @@ import re
 import sqlite3
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,10 @@ CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT 
 ITEM_COLUMNS = "row, id, sequence, payload, picture_kind, picture_sha256, picture_path, picture_root"
 
 Row = tuple[Any, ...]
+
+FEW_ROWS = 50
+"""Up to so many are named in the statement: quicker than a table of them, and a connection remembers as many
+statements."""
 
 
 @dataclass(frozen=True)
@@ -368,8 +372,22 @@ def removed_after(db: sqlite3.Connection, sequence: int) -> Ids:
 
 
 def items_by_row(db: sqlite3.Connection, rows: Iterable[int]) -> dict[int, Item]:
+    return {row[0]: item_of(row) for row in raw_items_by_row(db, list(rows))}
+
+
+def raw_items_by_row(db: sqlite3.Connection, rows: Collection[int]) -> list[Row]:
+    """`ITEM_COLUMNS` of those of these rows that are there."""
+    if len(rows) <= FEW_ROWS:
+        marks = ",".join("?" * len(rows))
+        return db.execute(f"SELECT {ITEM_COLUMNS} FROM items WHERE row IN ({marks})", [*rows]).fetchall()
     query = f"SELECT {ITEM_COLUMNS} FROM items WHERE row IN (SELECT value FROM json_each(?))"
-    return {row[0]: item_of(row) for row in db.execute(query, (json.dumps([int(r) for r in rows]),))}
+    return db.execute(query, (json.dumps([int(r) for r in rows]),)).fetchall()
+
+
+def rows_written_after(db: sqlite3.Connection, sequence: int, *, most: int) -> list[int]:
+    """Rows of items that changes after `sequence` have written, new ones as well; so many at most."""
+    query = "SELECT row FROM items WHERE sequence > ? LIMIT ?"
+    return [row for (row,) in db.execute(query, (sequence, most))]
 
 
 def items_by_id(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, tuple[int, Item]]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from dml.collection.base import SearchResult
 from dml.collection.generation import Generation
+from dml.collection.known_items import KnownItems
 from dml.collection.query import Query, Ranking, Searcher
 from dml.collection.row_sets import RowSets
 from dml.errors import CursorExpired, CursorInvalid, UsageError
@@ -89,11 +90,20 @@ class Walks:
 
     Args:
         hold: how the present state is kept.
+        row_sets, known: what searches remember of filters and of items.
         clock: seconds, for the age of what is kept.
     """
 
-    def __init__(self, hold: Hold, row_sets: RowSets, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        hold: Hold,
+        row_sets: RowSets,
+        *,
+        known: KnownItems | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._hold, self._row_sets, self._clock = hold, row_sets, clock
+        self._known = known or KnownItems()
         self._pins: OrderedDict[int, Pin] = OrderedDict()
         self._lock = threading.Lock()
         self._run = secrets.token_hex(8)  # cursors of another process of the service are expired, not forged
@@ -120,7 +130,7 @@ class Walks:
                 raise expired()
             name = hashlib.sha256(digest.encode() + vector.tobytes()).hexdigest()[:16]
             walk = begun(pin, name, vector) if place is None else under_way(pin, place.walk, vector)
-            searcher = Searcher(pin.db, pin.state, pin.row_sets, query)
+            searcher = Searcher(pin.db, pin.state, query, row_sets=pin.row_sets, known=self._known)
             ranking = ranked(walk, searcher, count=offset + query.limit + 1)
             [result] = searcher.pages([ranking])
         end = offset + len(result.hits)

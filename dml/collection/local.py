@@ -13,6 +13,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ from dml.collection.generation import Generation
 from dml.collection.grouping import answer
 from dml.collection.items import check_item, check_rows, check_unicode, encode_payload
 from dml.collection.keeping import check
+from dml.collection.known_items import KnownItems
 from dml.collection.manifest import Manifest
 from dml.collection.merging import MergeMode, check_mode
 from dml.collection.payload_indexes import declared
 from dml.collection.pictures import Pictures
 from dml.collection.present import Present
-from dml.collection.query import Searcher, read_query
+from dml.collection.query import Query, Searcher, read_query
 from dml.collection.row_sets import RowSets, items_in_order, matching_ids, with_vectors
 from dml.collection.upkeep import Upkeep
 from dml.data.ids import absolute
@@ -55,7 +57,7 @@ from dml.errors import (
     UnknownItem,
     UsageError,
 )
-from dml.index.base import check_vectors
+from dml.index.base import Vectors, check_vectors
 from dml.index.tune import Promise
 
 CAPABILITIES = frozenset(
@@ -83,8 +85,8 @@ class LocalCollection:
         self.path = Path(path)
         self._present = Present(self.path, read_only=read_only, fingerprint=fingerprint, device=device)
         self._catalog = self._present.catalog
-        self._row_sets = RowSets()
-        self._walks = Walks(self._present.hold, self._row_sets)
+        self._row_sets, self._known = RowSets(), KnownItems()
+        self._walks = Walks(self._present.hold, self._row_sets, known=self._known)
         self._upkeep = Upkeep(self._present, merge=merge)
 
     # What it is
@@ -346,8 +348,26 @@ class LocalCollection:
         )
         if cursor is not None:
             return [self._walks.page(queries, query, cursor)]
+        return self._answer(queries, query)
+
+    def _answer(self, queries: Vectors, query: Query) -> list[SearchResult]:
+        """One result per query (Q, D), all of one generation.
+
+        Where the index and the items that are known by now say everything, the catalogue is not asked: a
+        transaction takes as long as a search. A reader has to ask it for changes of the writer all the same.
+        """
+        rankings, searcher = None, partial(Searcher, query=query, row_sets=self._row_sets, known=self._known)
+        before = None if self.read_only or query.asks_catalog else self._present.open_state()
+        if before is not None:
+            at_hand = searcher(None, before)
+            rankings = at_hand.ranked(queries, query.offset + query.limit)
+            results = at_hand.remembered(rankings)
+            if results is not None:
+                return results
         with self._present.moment() as (db, state):
-            return answer(Searcher(db, state, self._row_sets, query), queries)
+            if before is None or rankings is None or before.sequence != state.sequence:
+                return answer(searcher(db, state), queries)
+            return searcher(db, before).pages(rankings)
 
     @property
     def _pictures(self) -> Pictures:

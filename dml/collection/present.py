@@ -212,6 +212,12 @@ class Present:
                 raise CollectionError(f'The collection "{self.manifest.name}" has been closed.')
             yield self.state
 
+    def open_state(self) -> Generation:
+        """What the writer's own process searches now, read without the catalogue. Raises CollectionError."""
+        if self._closed:
+            raise CollectionError(f"The collection in {self.path} has been closed.")
+        return self.state
+
     @contextmanager
     def moment(self) -> Iterator[tuple[Any, Generation]]:
         """A read transaction and the state of the same change."""

@@ -20,6 +20,7 @@ from dml.collection import catalog as sql
 from dml.collection.base import Hit, Item, SearchResult
 from dml.collection.filters import EVERYTHING, Condition, Filter, Scalar, canonical, parse_filter, steps_of
 from dml.collection.generation import Generation
+from dml.collection.known_items import KnownItems
 from dml.collection.row_sets import RowSets
 from dml.errors import FilterInvalid, UsageError
 from dml.index.base import Hits, Ids, Vectors, no_hits
@@ -78,6 +79,11 @@ class Query:
                 steps_of(self.group_by)
             except FilterInvalid as error:
                 raise UsageError(f"group_by: {error.detail}") from None
+
+    @property
+    def asks_catalog(self) -> bool:
+        """Whether more than the index and what is known of items is needed to answer."""
+        return bool(self.filter or self.exclude or self.with_vector or self.group_by is not None)
 
     def digest(self) -> str:
         """A fingerprint of all that decides, beside the vector, which hits there are and in which order."""
@@ -139,6 +145,8 @@ class Ranking(NamedTuple):
     complete: bool  # whether there are no more
 
     def first(self, count: int) -> "Ranking":
+        if len(self.rows) <= count:
+            return self
         return Ranking(self.rows[:count], self.scores[:count], self.complete and len(self.rows) <= count)
 
 
@@ -146,15 +154,22 @@ class Searcher:
     """Answers queries in one state of a collection.
 
     Args:
-        db: a read transaction of the same moment as `state`.
+        db: a read transaction of the same moment as `state`; None: only what is in memory is asked for, which
+            does for `remembered`, and for rankings unless the query `asks_catalog`.
         row_sets: remembers what filters let pass.
+        known: remembers items.
         query: how to search; its `limit` and `offset` do not matter to `ranked`.
     """
 
-    def __init__(self, db: Any, state: Generation, row_sets: RowSets, query: Query) -> None:
-        self.db, self.state, self.row_sets, self.query = db, state, row_sets, query
-        hidden = sql.items_by_id(db, query.exclude) if query.exclude else {}
-        self.hidden: Ids = np.sort(np.array([row for row, _ in hidden.values()], np.int64))
+    def __init__(
+        self, db: Any, state: Generation, query: Query, *, row_sets: RowSets, known: KnownItems
+    ) -> None:
+        self.db, self.state, self.query = db, state, query
+        self.row_sets, self.known = row_sets, known
+        self.hidden = NOBODY
+        if query.exclude:
+            hidden = sql.items_by_id(db, query.exclude)
+            self.hidden = np.sort(np.array([row for row, _ in hidden.values()], np.int64))
         self.scope = self._scope(query.filter)
 
     def answer(self, vectors: Vectors) -> list[SearchResult]:
@@ -163,10 +178,27 @@ class Searcher:
 
     def pages(self, rankings: Sequence[Ranking]) -> list[SearchResult]:
         """The parts of rankings that the query asks for; the rankings go at least that far."""
+        shown = self._shown(rankings)
+        return self._results(rankings, shown, self.items(rows_of(shown)))
+
+    def remembered(self, rankings: Sequence[Ranking]) -> list[SearchResult] | None:
+        """As `pages`, without asking the catalogue; None where it has to be asked."""
+        shown = self._shown(rankings)
+        with stage("payload"):
+            items = self.known.find(rows_of(shown), self.state.sequence)
+        return None if items is None else self._results(rankings, shown, items)
+
+    def _shown(self, rankings: Sequence[Ranking]) -> list[Ranking]:
+        """The parts of rankings that the query asks for."""
+        first, last = self.query.offset, self.query.offset + self.query.limit
+        if not first and all(len(ranking.rows) <= last for ranking in rankings):
+            return list(rankings)
+        return [Ranking(r.rows[first:last], r.scores[first:last], r.complete) for r in rankings]
+
+    def _results(
+        self, rankings: Sequence[Ranking], shown: Sequence[Ranking], items: Mapping[int, Item]
+    ) -> list[SearchResult]:
         query, sequence, approximate = self.query, self.state.sequence, self.scope.approximate
-        part = slice(query.offset, query.offset + query.limit)
-        shown = [Ranking(r.rows[part], r.scores[part], r.complete) for r in rankings]
-        items = self.items({row for ranking in shown for row in ranking.rows.tolist()})
         results = []
         for whole, ranking in zip(rankings, shown, strict=True):
             hits = hits_of(ranking, items, first_rank=query.offset + 1)
@@ -225,6 +257,9 @@ class Searcher:
 
     def _ranking(self, ids: Ids, scores: Vectors, count: int, scope: Scope) -> Ranking:
         """What of one row of hits qualifies."""
+        if self.query.score_threshold is None and not len(scope.hidden) and ids[-1] >= 0:
+            # Missing ones would stand last.
+            return Ranking(ids, scores, complete=len(ids) >= scope.count).first(count)
         good = ids >= 0
         complete = len(ids) >= scope.count + len(scope.hidden)
         if self.query.score_threshold is not None:
@@ -267,7 +302,7 @@ class Searcher:
     def items(self, rows: Collection[int]) -> dict[int, Item]:
         """row -> item, with its vector where the query wants it."""
         with stage("payload"):
-            items = sql.items_by_row(self.db, rows)
+            items = self.known.read(self.db, rows, self.state.sequence)
             if self.query.with_vector:
                 stored = sql.vectors_of(self.db, rows)
                 items = {row: replace(item, vector=stored[row]) for row, item in items.items()}
@@ -278,11 +313,16 @@ def hits_of(
     ranking: Ranking, items: Mapping[int, Item], *, first_rank: int, group: Scalar | None = None
 ) -> list[Hit]:
     """A ranking as hits. `items`: row -> item, for all of its rows."""
-    pairs = zip(ranking.rows.tolist(), np.clip(ranking.scores, -1, 1).tolist(), strict=True)
-    return [
-        Hit(items[row].id, score, rank, items[row], group=group)
-        for rank, (row, score) in enumerate(pairs, first_rank)
-    ]
+    hits, pairs = [], zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True)
+    for rank, (row, score) in enumerate(pairs, first_rank):
+        item = items[row]
+        hits.append(Hit(item.id, max(-1.0, min(score, 1.0)), rank, item, group))
+    return hits
+
+
+def rows_of(rankings: Sequence[Ranking]) -> set[int]:
+    """All rows of some rankings."""
+    return {row for ranking in rankings for row in ranking.rows.tolist()}
 
 
 def among(ids: Ids, allowed: Ids) -> NDArray[np.bool_]:

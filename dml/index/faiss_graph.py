@@ -15,7 +15,6 @@ from dml.index.file import Header, Sink
 from dml.index.kept import EngineCodes, FinerRows, FineVectors, Kept, check_precision
 from dml.index.ranking import SPARE
 
-
 MOST_EFFORTS = 64
 """So many are remembered as faiss's objects."""
 

@@ -105,8 +105,8 @@ def _rank_one(
     ids: Ids,
     vectors_at: VectorsAt,
 ) -> Ranked:
-    """As for several queries, with plain rows and as few of numpy's calls as can be: each costs a microsecond,
-    and a graph answers within some fifty.
+    """As for several queries, with plain rows and few of numpy's calls: each takes a microsecond, and a whole
+    search in a graph some fifty.
     """
     there = slots if slots.min(initial=0) >= 0 else slots[slots >= 0]
     products = np.multiply(vectors_at(there), query, dtype=np.float64)

@@ -1,0 +1,106 @@
+"""Items that searches have shown before, so that showing them again asks SQLite for nothing.
+
+A search in a graph takes some hundred microseconds, and a read transaction with ten look-ups as much again. A
+row keeps its id and picture for ever, and only a change of its payload writes it again, with a new sequence:
+so what is known is right for every state since it was written, until a later state says otherwise.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Callable, Collection, Iterable
+from json.decoder import JSONDecoder
+from typing import Any, NamedTuple
+
+from dml.collection import catalog as sql
+from dml.collection.base import Item, Picture
+
+OVERHEAD = 400
+"""Bytes that an item takes besides its texts, about."""
+
+payload_of: Callable[[str, int], tuple[Any, int]] = JSONDecoder().raw_decode
+"""(Text that is known to be JSON, 0) -> (value, where it ended). `json.loads` looks for blanks too, and takes
+twice as long."""
+
+
+class Known(NamedTuple):
+    """What an item is made of anew each time: whoever changes a payload that was shown changes only that."""
+
+    id: str
+    payload: str  # JSON
+    sequence: int
+    picture: Picture | None
+
+
+class KnownItems:
+    """The items that were shown last, as of one change. Safe to use from several threads.
+
+    Args:
+        most_bytes: of all items together; those that came first go first.
+    """
+
+    def __init__(self, most_bytes: int = 32 << 20) -> None:
+        self.most_bytes = most_bytes
+        self._items: dict[int, Known] = {}
+        self._sequence = -1  # nothing is known of later changes
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def find(self, rows: Iterable[int], sequence: int) -> dict[int, Item] | None:
+        """row -> item as of a change, when all of them are known; else None."""
+        if self._sequence < sequence:
+            return None
+        items, found = self._items, {}
+        for row in rows:
+            known = items.get(row)
+            if known is None or known.sequence > sequence:
+                return None
+            found[row] = Item(known.id, payload_of(known.payload, 0)[0], known.sequence, known.picture)
+        return found
+
+    def read(self, db: sqlite3.Connection, rows: Collection[int], sequence: int) -> dict[int, Item]:
+        """row -> item, for those that are there, as of the moment of this transaction; known from now on."""
+        if self._sequence < sequence:
+            self._follow(db, sequence)
+        found = self.find(rows, sequence)
+        if found is not None:
+            return found
+        read = sql.raw_items_by_row(db, rows)
+        found = {row[0]: sql.item_of(row) for row in read}
+        with self._lock:
+            if self._sequence == sequence:  # else this was a look into the past
+                for row in read:
+                    self._keep(row[0], Known(row[1], row[3], row[2], found[row[0]].picture))
+                self._shrink()
+        return found
+
+    def _follow(self, db: sqlite3.Connection, sequence: int) -> None:
+        """Forget what was written since; only then is what is left right for later states."""
+        with self._lock:
+            if self._sequence >= sequence:
+                return
+            most = len(self._items)
+            written = sql.rows_written_after(db, self._sequence, most=most + 1) if most else []
+            if len(written) > most:
+                self._items, self._bytes = {}, 0
+            else:
+                for row in written:
+                    self._forget(row)
+            self._sequence = sequence
+
+    def _keep(self, row: int, known: Known) -> None:
+        self._forget(row)
+        self._items[row] = known
+        self._bytes += size_of(known)
+
+    def _forget(self, row: int) -> None:
+        known = self._items.pop(row, None)
+        if known is not None:
+            self._bytes -= size_of(known)
+
+    def _shrink(self) -> None:
+        while self._bytes > self.most_bytes:
+            self._forget(next(iter(self._items)))
+
+
+def size_of(known: Known) -> int:
+    return len(known.id) + len(known.payload) + OVERHEAD
