@@ -8,8 +8,8 @@ from pathlib import Path
 
 def test_an_encoder_leaves_nothing_in_the_home_folder(tmp_path: Path, tiny_encoder: Path) -> None:
     code = (
-        "import sys; from dml.encoder import Encoder; "
-        "Encoder.load(sys.argv[1], runtime='onnx').embed_arrays(__import__('numpy').zeros((1, 3, 32, 32), 'f4'))"
+        "import sys, numpy; from dml.encoder import Encoder; "
+        "Encoder.load(sys.argv[1], runtime='onnx').embed_arrays(numpy.zeros((1, 3, 32, 32), 'f4'))"
     )
     home = tmp_path / "home"
     home.mkdir()

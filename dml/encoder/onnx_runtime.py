@@ -56,8 +56,8 @@ class OnnxRuntime:
 def import_onnxruntime() -> Any:
     """The package, or an EncoderError that says how to get it.
 
-    Its newer wheels for Linux note each session in `~/.cache/Microsoft` under an id of the machine, to be sent to
-    their maker. Nothing of what is embedded here is anybody else's business, so that is switched off before the
+    Its newer wheels for Linux note each session in `~/.cache/Microsoft` under an id of the machine, to be
+    sent to their maker. What is embedded here is nobody else's business, so that is switched off before the
     library is loaded, unless the user has set the variable.
     """
     os.environ.setdefault(TELEMETRY_VARIABLE, "1")
