@@ -8,6 +8,8 @@
     python -m eval.speed memory --rows 120000 --limit-gib 2
     python -m eval.speed ingest --data photos/ --threads 4
     python -m eval.speed search --rows 100000 --dim 128 --threads 1
+    python -m eval.speed embeddings --data photos/ --encoder RUN --rows 1000000 --vectors photos.npy
+    python -m eval.speed search --rows 1000000 --vectors photos.npy --threads 2
     python -m eval.speed filters --rows 100000 --dim 128 --kinds hnsw ivf
     python -m eval.speed service --data photos/ --encoder runs/shoes --memory
 
@@ -22,14 +24,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dml.errors import DmlError
+from dml.errors import DmlError, UsageError
 from eval.speed import race
 
-TABLES = ("losses", "bank", "statistics", "metrics", "memory", "ingest", "filters", "search")
+TABLES = ("losses", "bank", "statistics", "metrics", "memory", "ingest", "filters", "search", "embeddings")
 TABLES = (*TABLES, "service")
 REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1, "ingest": 3} | {
     "filters": 200,
     "search": 7,
+    "embeddings": 1,
     "service": 3,
 }
 
@@ -71,11 +74,17 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--pictures", type=int, default=16, help="statistics: pictures in the step")
     usage.add_argument("--size", type=int, default=224, help="statistics, ingest: their side in pixels")
     usage.add_argument("--limit-gib", type=float, help="memory: of the process; else what a call may take")
-    usage.add_argument("--data", help="ingest: folder or manifest of photos; else some are drawn")
-    usage.add_argument("--encoder", type=Path, help="ingest: a trained encoder or run")
+    usage.add_argument(
+        "--data", help="ingest, embeddings, service: folder or manifest of photos; else some are drawn"
+    )
+    usage.add_argument("--encoder", type=Path, help="ingest, embeddings, service: a trained encoder or run")
     usage.add_argument("--images", type=int, default=0, help="ingest, service: files; 0: the table's own")
     usage.add_argument("--kinds", nargs="+", default=["hnsw", "ivf"], help="filters: kinds of index")
-    usage.add_argument("--vectors", type=Path, help="filters, search: (N, D) unit vectors in a .npy file")
+    usage.add_argument(
+        "--vectors",
+        type=Path,
+        help="filters, search: (N, D) unit vectors in a .npy file; embeddings: the file to write",
+    )
     usage.add_argument(
         "--targets", type=float, nargs="+", default=[0.95, 0.99], help="search: recall@10 to be reached"
     )
@@ -227,6 +236,27 @@ def print_search(result: Mapping[str, Any]) -> str:
     return search.print_search(result)
 
 
+def embeddings(args: argparse.Namespace) -> dict[str, Any]:
+    from eval.speed.embeddings import make_embeddings
+
+    if args.data is None or args.encoder is None or args.vectors is None:
+        raise UsageError("embeddings needs --data PICTURES, --encoder ENCODER and --vectors FILE.npy")
+    return make_embeddings(
+        data=args.data,
+        encoder=args.encoder,
+        rows=(args.rows or [100_000])[0],
+        out=args.vectors,
+        threads=args.threads or None,
+        say=say,
+    )
+
+
+def print_embeddings(result: Mapping[str, Any]) -> str:
+    from eval.speed import embeddings
+
+    return embeddings.print_embeddings(result)
+
+
 def filters(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
@@ -343,6 +373,7 @@ RUN: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ingest": ingest,
     "filters": filters,
     "search": search,
+    "embeddings": embeddings,
     "service": service,
 }
 PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -354,6 +385,7 @@ PRINT: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "ingest": print_ingest,
     "filters": print_filters,
     "search": print_search,
+    "embeddings": print_embeddings,
     "service": print_service,
 }
 
