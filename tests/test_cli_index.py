@@ -568,6 +568,15 @@ def test_a_moved_folder_is_found_again(pictures, encoder, tmp_path):
         run("root", tmp_path / "shop", "files", tmp_path / "absent")
 
 
+def test_help_names_every_command_with_a_whole_sentence():
+    said = run("--help").stdout
+    assert "..." not in said.partition("Commands:")[2]
+    assert "--install-completion" not in said
+    assert "goes on after an interruption." in " ".join(said.split())
+    examples = run("sync", "--help").stdout.splitlines()
+    assert "  dml index sync shoes.collection --dry-run" in examples
+
+
 def test_info_is_for_people_too(shop):
     said = run("info", shop).stdout
     for part in ("48", "16 numbers, cosine", "faiss_flat" if "faiss_flat" in said else "flat", "1.0000"):

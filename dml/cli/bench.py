@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dml.cli.shown import group
+
 if TYPE_CHECKING:
     from eval.benchmark.results import Place
     from eval.benchmark.run import Board
     from eval.benchmark.suite import Suite
     from eval.benchmark.worker import Order
 
-app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Compare methods fairly, and repeat what was measured."
-)
+app = group("Compare methods fairly, and repeat what was measured.")
 
 SuiteName = Annotated[str, typer.Argument(metavar="SUITE", help="A bundled suite, or a .toml file.")]
 Data = Annotated[
@@ -86,7 +86,7 @@ def run(
 def compare(
     suite: Annotated[
         str,
-        typer.Argument(metavar="[SUITE]", help="A bundled suite, or a .toml file; else all bundled ones."),
+        typer.Argument(metavar="SUITE", help="A bundled suite, or a .toml file; else all bundled ones."),
     ] = "",
     rows: Rows = None,
     write: Annotated[

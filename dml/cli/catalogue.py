@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Say what there is to choose from.")
+from dml.cli.shown import group
+
+app = group("Say what there is to choose from.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look over, divide, draw and find data.")
+from dml.cli.shown import group
+
+app = group("Look over, divide, draw and find data.")
 
 Source = Annotated[
     str, typer.Argument(metavar="DATA", help="A folder, a manifest (.csv, .tsv, .parquet) or NAME:FOLDER.")
@@ -28,6 +30,7 @@ def check(
 
     Exit code 0 when nothing is wrong, 3 when something is.
 
+    \b
     dml data check photos/
     """
     import json
@@ -68,6 +71,7 @@ def split(
 ) -> None:
     """Write a manifest that says which picture trains, selects and tests.
 
+    \b
     dml data split photos/ --out photos.csv
     """
     import json
@@ -115,6 +119,7 @@ def demo(
 ) -> None:
     """Draw the embedded data set: photos of products, in SPLIT/CLASS folders.
 
+    \b
     dml data demo /tmp/demo
     """
     from dml.data.demo import draw_demo
@@ -129,7 +134,7 @@ def demo(
 def download(
     name: Annotated[str, typer.Argument(help="cub, cars, sop or inshop.")],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[FOLDER]", help="Where it was unpacked: checks what is there.")
+        Path | None, typer.Argument(metavar="FOLDER", help="Where it was unpacked: checks what is there.")
     ] = None,
 ) -> None:
     """Tell where a benchmark comes from and what must lie where; check a folder that holds it.

@@ -14,7 +14,7 @@ import typer
 
 def demo(
     data: Annotated[
-        str, typer.Argument(metavar="[DATA]", help="Your labelled folder; else pictures are drawn.")
+        str, typer.Argument(metavar="DATA", help="Your labelled folder; else pictures are drawn.")
     ] = "",
     out: Annotated[
         Path | None, typer.Option(help="Where everything goes. Default: demo-output/NAME.")

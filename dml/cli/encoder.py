@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from dml.cli.shown import group
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 Choice = TypeVar("Choice", bound=str)
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make, export and check encoders.")
+app = group("Make, export and check encoders.")
 
 Source = Annotated[Path, typer.Argument(metavar="ENCODER", help="Encoder folder, run or collection.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -43,6 +45,7 @@ def create(
 ) -> None:
     """Make an encoder without training, so that any folder of pictures becomes searchable.
 
+    \b
     dml encoder create --trunk resnet50 --weights pretrained --out encoders/resnet50
     """
     from typing import get_args, get_type_hints
@@ -82,6 +85,7 @@ def export(
 ) -> None:
     """Write an encoder again from its weights, and check that ONNX Runtime and torch agree.
 
+    \b
     dml encoder export runs/shoes --out shoes.encoder
     """
     from dml.encoder import export_encoder
@@ -109,6 +113,7 @@ def check(
 ) -> None:
     """Check an encoder's files, and run it with every runtime that is installed.
 
+    \b
     dml encoder check runs/shoes
     dml encoder check runs/shoes --profile fused/openvino-bf16 --data photos/
     """
@@ -136,6 +141,7 @@ def quantize(
 ) -> None:
     """Add the model in 8-bit integers, for the profiles pillow/openvino-int8 and fused/openvino-int8.
 
+    \b
     dml encoder quantize runs/shoes --data photos/
     """
     from dml.encoder.quantise import quantise_encoder
@@ -207,6 +213,7 @@ def embed(
 ) -> None:
     """Turn a folder of pictures into vectors with ids; the same command goes on after an interruption.
 
+    \b
     dml embed runs/shoes photos/ --out vectors
     """
     from dml.data.table import open_table

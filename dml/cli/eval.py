@@ -9,7 +9,7 @@ import typer
 def eval(
     run: Annotated[Path, typer.Argument(metavar="RUN|ENCODER", help="A run, or an encoder folder.")],
     data: Annotated[
-        str, typer.Argument(metavar="[DATA]", help="Folder, manifest or data set; else the run's.")
+        str, typer.Argument(metavar="DATA", help="Folder, manifest or data set; else the run's.")
     ] = "",
     k: Annotated[str, typer.Option("--k", help="K of Recall@K, with commas.")] = "1,2,4,8",
     split: Annotated[str, typer.Option(help="test, validation or all.")] = "test",

@@ -18,7 +18,7 @@ from dml.cli.promises import (
     show_tried,
     tuning,
 )
-from dml.cli.shown import describe_index, print_json
+from dml.cli.shown import describe_index, group, print_json
 
 if TYPE_CHECKING:
     from dml.collection.build import Progress, Report, Settings
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from dml.collection.sync import SyncReport
     from dml.encoder import Encoder
 
-app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Build, change and check collections of pictures."
-)
+app = group("Build, change and check collections of pictures.")
 
 LISTED = 10
 """Lines of a kind that are shown; --json has all."""
@@ -118,6 +116,7 @@ def build(
 ) -> None:
     """Embed pictures and make them searchable; the same command goes on after an interruption.
 
+    \b
     dml index build photos/ --encoder runs/shoes --out shoes.collection
 
     A collection of the same encoder that is already at --out gets the items added.
@@ -179,6 +178,7 @@ def add(
 ) -> None:
     """Add pictures, or replace those of the same id. They are found at once.
 
+    \b
     dml index add shoes.collection photos/new
     """
     from dml.collection import open_collection
@@ -207,7 +207,7 @@ def sync(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[FOLDER|MANIFEST]",
+            metavar="FOLDER|MANIFEST",
             help="What it is to follow. Default: the folder that it was built from.",
         ),
     ] = None,
@@ -229,6 +229,7 @@ def sync(
 ) -> None:
     """Follow a folder: add what is new, embed what changed, move what moved, forget what is gone.
 
+    \b
     dml index sync shoes.collection --dry-run
     dml index sync shoes.collection
 
@@ -257,7 +258,7 @@ def sync(
 @app.command()
 def remove(
     collection: CollectionFolder,
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Items to forget.")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Items to forget.")] = None,
     ids_from: Annotated[
         Path | None, typer.Option("--from", help="A file with one id per line ('-': standard input).")
     ] = None,
@@ -265,6 +266,7 @@ def remove(
 ) -> None:
     """Forget items. They are not found any more at once; pictures that lie elsewhere are not touched.
 
+    \b
     dml index remove shoes.collection red/1.jpg red/2.jpg
 
     Files that are still there come back with the next `dml index sync`: delete them too.
@@ -311,6 +313,7 @@ def rebuild(
 ) -> None:
     """Build the index anew from the catalogue, of the same kind, of another, or of one that keeps a promise.
 
+    \b
     dml index rebuild shoes.collection --target-recall 0.98 --memory 4G --latency 5ms
     """
     from dml.collection import open_collection

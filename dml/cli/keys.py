@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dml.cli.shown import group
+
 if TYPE_CHECKING:
     from service.keys import Key, Keys
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    help="Make, list and revoke the API keys of the service.",
-)
+app = group("Make, list and revoke the API keys of the service.")
 
 State = Annotated[
     Path | None,
@@ -42,6 +39,7 @@ def add(
 ) -> None:
     """Make a key and print it. It is shown this once: only its hash is kept. Services know it at once.
 
+    \b
     dml keys add shop --scope search --expires 90d --rate 600/min
     """
     from dml.errors import UsageError
@@ -97,6 +95,7 @@ def revoke(
 ) -> None:
     """Refuse a key from this moment on, in services that run too.
 
+    \b
     dml keys revoke shop
     """
     with open_keys(state) as keys:

@@ -5,9 +5,10 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from dml import __version__
+from dml.cli.shown import Group
 from dml.errors import DmlError
 from dml.startup import prepare_process
 
@@ -23,13 +24,13 @@ VERBS: dict[str, tuple[str, str]] = {
     "keys": ("dml.cli.keys:app", "Make, list and revoke the API keys of the service."),
     "data": ("dml.cli.data:app", "Check, split and draw data sets."),
     "list": ("dml.cli.catalogue:app", "Say what there is: losses, methods, data sets, trunks, recipes."),
-    "demo": ("dml.cli.demo:demo", "Train, index, evaluate and serve, on drawn or on your own pictures."),
+    "demo": ("dml.cli.demo:demo", "From pictures, drawn or yours, to a search page in one go."),
     "doctor": ("dml.cli.doctor:doctor", "Say what is installed here and what is missing."),
 }
 """verb -> (where its function or Typer app lives, one line of help)."""
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(Group):
     """A group whose commands are imported when they are called, not when they are listed."""
 
     def list_commands(self, ctx: Any) -> list[str]:

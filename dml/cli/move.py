@@ -32,6 +32,7 @@ def move(
 ) -> None:
     """Copy a collection to another folder, into Milvus, or from there, and compare the copy.
 
+    \b
     dml index move shoes.collection shoes.milvus --uri http://milvus:19530
 
     A move that was stopped goes on when it is called again.
@@ -68,6 +69,7 @@ def attach(
 ) -> None:
     """Describe a collection that is in Milvus in a folder, on this machine too.
 
+    \b
     dml index attach shoes.milvus --uri http://milvus:19530 --collection shoes --encoder runs/shoes
     """
     from dml.collection.milvus_create import attach_milvus

@@ -11,7 +11,7 @@ from dml.cli.shown import print_json
 def payload_index(
     collection: Annotated[Path, typer.Argument(metavar="COLLECTION", help="Folder of a collection.")],
     keys: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY]...", help="Paths in the payload: label, shop.city.")
+        list[str] | None, typer.Argument(metavar="KEY", help="Paths in the payload: label, shop.city.")
     ] = None,
     drop: Annotated[bool, typer.Option("--drop", help="Forget the indexes of these keys.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,

@@ -58,7 +58,7 @@ def search(
         str, typer.Argument(metavar="COLLECTION", help="Its folder; with --url its name at the service.")
     ],
     image: Annotated[
-        Path | None, typer.Argument(metavar="[IMAGE]", help="The picture to look for.", show_default=False)
+        Path | None, typer.Argument(metavar="IMAGE", help="The picture to look for.", show_default=False)
     ] = None,
     k: Annotated[int, typer.Option("-k", "--k", min=1, max=1000, help="How many results.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a page with the pictures.")] = None,
@@ -95,6 +95,7 @@ def search(
 ) -> None:
     """Find the pictures that look like one, or like examples.
 
+    \b
     dml search shoes.collection photo.jpg -k 20 --html found.html --open
 
     dml search shoes.collection photo.jpg --where label=boot --where "price<80"

@@ -8,7 +8,7 @@ import typer
 
 def serve(
     collections: Annotated[
-        list[Path] | None, typer.Argument(metavar="COLLECTION...", help="Collection folders.")
+        list[Path] | None, typer.Argument(metavar="COLLECTION", help="Collection folders.")
     ] = None,
     data: Annotated[
         Path | None,
@@ -87,6 +87,7 @@ def serve(
 ) -> None:
     """Serve collections: a search page, a REST API (/openapi.json), metrics, until Ctrl-C.
 
+    \b
     dml serve shoes.collection bags.collection --port 8000
     """
     from dml.startup import prepare_service

@@ -14,7 +14,7 @@ import typer
 
 def train(
     data: Annotated[
-        str, typer.Argument(metavar="[DATA]", help="Folder, manifest or data set; else the recipe's.")
+        str, typer.Argument(metavar="DATA", help="Folder, manifest or data set; else the recipe's.")
     ] = "",
     recipe: Annotated[
         str, typer.Option(help="A bundled recipe (dml list recipes) or a .toml file.")
