@@ -545,6 +545,17 @@ class Client:
         """Delete a collection with all that is in it."""
         self._send("DELETE", self._place(name))
 
+    def reload(self) -> list[str]:
+        """Have collections served that were put into the folder of the service since its start; their names.
+
+        Raises:
+            Problem: the first that cannot be served; the others are.
+        """
+        found = self._json("POST", "/v1/admin/reload")
+        for entry in found["failed"]:
+            raise Problem(int(entry["problem"].get("status", 0)), entry["problem"])
+        return list(found["opened"])
+
     def aliases(self) -> dict[str, str]:
         """alias -> collection."""
         return {entry["alias"]: entry["collection"] for entry in self._json("GET", "/v1/aliases")["items"]}

@@ -408,7 +408,8 @@ class Engine:
             raise InvalidImage("The picture is empty: 0 bytes. Send the bytes of a picture file.")
         most = self.settings.max_pixels
         try:
-            width, height = probe(image, max_pixels=most)
+            with stage("decode"):
+                width, height = probe(image, max_pixels=most)
             check_time()
             coming = self._batchers[fingerprint].coming()
             with stage("decode"), coming, self.decoding.take(width * height):
@@ -443,7 +444,7 @@ class Engine:
             UnknownCollection, UnknownItem, InvalidImage, VectorError, DimensionMismatch, NotAvailable
             FilterInvalid, CursorInvalid, CursorExpired, UsageError
         """
-        with stage("search"), self.using(name) as collection:
+        with self.using(name) as collection:
             return self._search(collection, search)
 
     def _search(self, collection: Collection, search: Search) -> Answer:
@@ -484,15 +485,16 @@ class Engine:
         )
         if not (exclude or search.filter or search.group_by or search.cursor):
             return self._sharing(collection)(vector, plain)
-        [result] = collection.search(
-            vector[None],
-            **plain._asdict(),
-            exclude=exclude,
-            filter=search.filter,
-            group_by=search.group_by,
-            group_size=search.group_size,
-            cursor=search.cursor,
-        )
+        with stage("search"):
+            [result] = collection.search(
+                vector[None],
+                **plain._asdict(),
+                exclude=exclude,
+                filter=search.filter,
+                group_by=search.group_by,
+                group_size=search.group_size,
+                cursor=search.cursor,
+            )
         return result
 
     def _sharing(self, collection: Collection) -> SharedSearches:
@@ -509,9 +511,10 @@ class Engine:
     def _query_vector(self, collection: Collection, query: Query) -> Vector:
         base = query.vector if query.image is None else self._embed_for(collection, query.image)
         named = [] if query.id is None else [query.id]
-        return query_vector(
-            collection, base=base, positive=[*named, *query.positive], negative=query.negative
-        )
+        with stage("search"):
+            return query_vector(
+                collection, base=base, positive=[*named, *query.positive], negative=query.negative
+            )
 
     # Items
 
@@ -744,10 +747,10 @@ class Engine:
         Raises:
             Conflict: an alias of this name, or the collection has another.
             NotAvailable: the service has no folder for collections.
-            ReadOnly, CollectionError, EncoderError, StorageError
+            CollectionError, EncoderError, StorageError
         """
         with self._changing:
-            folder = self._own_folder(name)
+            folder = self._folder()
             if name in self._collections or not folder.holds(name):
                 return False
             if name in self.alias_of():
@@ -767,6 +770,27 @@ class Engine:
             self._encoders = encoders
             self._collections = {**self._collections, name: found}
             return True
+
+    def reload(self) -> tuple[list[str], dict[str, DmlError]]:
+        """Serve every collection that was put into the folder of this service after its start.
+
+        Returns:
+            The names of those that are new, and name -> what is wrong with one that cannot be served.
+
+        Raises:
+            NotAvailable, StorageError
+        """
+        opened: list[str] = []
+        failed: dict[str, DmlError] = {}
+        served = self.places()
+        for path in self._folder().collections(tidy=False):
+            if str(path.resolve()) in served:
+                continue
+            try:
+                opened += [path.name] if self.adopt(path.name) else []
+            except DmlError as error:
+                failed[path.name] = error
+        return opened, failed
 
     def remove(self, name: str, *, seconds: float = 10.0) -> str:
         """Delete a collection with all that is in it, when the requests that use it have ended; its place.
@@ -802,6 +826,9 @@ class Engine:
     def _own_folder(self, name: str) -> Folder:
         if self.settings.read_only:
             raise ReadOnly(f'"{name}" can be neither made nor deleted: this service is read-only.')
+        return self._folder()
+
+    def _folder(self) -> Folder:
         if self.folder is None:
             raise NotAvailable(
                 "This service has no folder for collections, so it makes and deletes none. Start it with "
@@ -813,6 +840,7 @@ class Engine:
 def _embed_once(encoder: ImageEncoder, batcher: Batcher) -> None:
     from PIL import Image as pillow
 
+    pillow.preinit()  # the usual formats, which it would load with the first picture: 0.15 s
     blank = encoder.preprocess(pillow.new("RGB", (64, 64), (127, 127, 127)))
     batcher([blank])
 

@@ -174,6 +174,7 @@ EXAMPLES: Mapping[str, list[Any]] = {
     "FeedbackAnswer": [{"stored": True}],
     "DeletedAnswer": [{"deleted": 2}],
     "CountAnswer": [{"count": 612, "exact": True}],
+    "ReloadAnswer": [{"opened": ["shoes-2"], "failed": []}],
     "ReadyAnswer": [{"status": "ready", "collections": ["shoes"], "model": [FINGERPRINT]}],
     "RootAnswer": [
         {

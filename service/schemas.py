@@ -376,6 +376,18 @@ class CountAnswer(BaseModel):
     exact: bool
 
 
+class FailedCollection(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    problem: "ProblemAnswer"
+
+
+class ReloadAnswer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    opened: list[str] = Field(description="Collections that are served from now on")
+    failed: list[FailedCollection] = Field(description="Those that lie there and cannot be served")
+
+
 class ReadyAnswer(BaseModel):
     model_config = ConfigDict(extra="forbid")
     status: Literal["ready"]
@@ -418,5 +430,5 @@ class ProblemAnswer(BaseModel):
     missing: str | None = None
 
 
-for _model in (BatchAnswer, FailedItem, UpsertAnswer, JobAnswer, JobsAnswer):
+for _model in (BatchAnswer, FailedCollection, ReloadAnswer, FailedItem, UpsertAnswer, JobAnswer, JobsAnswer):
     _model.model_rebuild()

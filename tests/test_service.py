@@ -461,4 +461,6 @@ def test_every_problem_type_has_a_page(http):
         page = http.get(f"/problems/{slug}")
         assert page.status_code == 200
         assert slug in page.text
+    listed = http.get("/problems").text
+    assert sorted(re.findall(r'href="problems/([a-z-]+)"', listed)) == sorted(CATALOGUE)
     assert_problem(http.get("/problems/no-such"), 404, "not-found")

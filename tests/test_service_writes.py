@@ -10,10 +10,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import typer
 from serving import ColourEncoder, colour_collection, jpeg, running
 from test_service import assert_problem, b64
 from test_service_run import serving
+from typer.testing import CliRunner
 
+from dml.cli.feedback import feedback
 from dml.client import BatchItem, Client, Problem
 from dml.errors import UsageError
 from service import repeats, schemas
@@ -379,6 +382,31 @@ def test_a_service_without_a_folder_makes_and_deletes_none(tmp_path):
     engine.close()
 
 
+def test_what_is_put_into_the_folder_is_served_after_a_reload(tmp_path):
+    with served(tmp_path) as http, Client(str(http.base_url)) as client:
+        assert client.reload() == []
+        for name in ("late", "later"):
+            colour_collection(tmp_path / "data" / name, pictures=1).close()
+        (tmp_path / "data" / "later" / "manifest.json").write_text("{}")
+        told = schemas.ReloadAnswer.model_validate(http.post("/v1/admin/reload").json())
+        assert told.opened == ["late"]
+        [broken] = told.failed
+        assert (broken.name, "manifest" in broken.problem.detail) == ("later", True)
+        assert client.collection("late").count == 4
+        assert [one.name for one in client.collections()] == ["colours", "late"]
+        with pytest.raises(Problem):
+            client.reload()
+    assert_reload_needs_a_folder(tmp_path / "without")
+
+
+def assert_reload_needs_a_folder(path: Path) -> None:
+    engine = Engine({"colours": colour_collection(path, pictures=1)})
+    with running(create_app(engine)) as address:
+        told = assert_problem(httpx.post(f"{address}/v1/admin/reload"), 422, "not-available")
+        assert "--data FOLDER" in told["detail"]
+    engine.close()
+
+
 def test_a_collection_from_elsewhere_is_not_deleted(tmp_path):
     engine = Engine({"colours": colour_collection(tmp_path / "colours")}, folder=Folder(tmp_path / "data"))
     with pytest.raises(Conflict, match="outside"):
@@ -526,6 +554,22 @@ def test_feedback_is_kept_and_given_out_as_lines(client, http):
     assert [judgement.relevant for judgement in client.feedback("colours")] == [True, False]
     unknown = {"query_id": "q", "id": "nobody", "relevant": True}
     assert_problem(http.post(f"{PLACE}/feedback", json=unknown), 422, "invalid-request")
+
+
+def test_feedback_is_exported_on_the_command_line(client, http, tmp_path):
+    client.send_feedback("colours", "q1", "red/0", relevant=True)
+    client.send_feedback("colours", "q1", "blue/0", relevant=False)
+    app = typer.Typer()
+    app.command()(feedback)
+    asked = ["colours", "--url", str(http.base_url)]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 0, shown.output
+    assert [json.loads(line)["relevant"] for line in shown.stdout.splitlines()] == [True, False]
+    kept = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "feedback.jsonl")])
+    assert "2 judgements of colours" in kept.stderr
+    assert (tmp_path / "feedback.jsonl").read_text(encoding="utf-8") == shown.stdout
+    refused = CliRunner().invoke(app, [*asked, "--out", str(tmp_path)])
+    assert isinstance(refused.exception, UsageError)
 
 
 def test_feedback_goes_with_its_collection(client):

@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "search": ("dml.cli.search:search", "Find the pictures that look like one."),
     "serve": ("dml.cli.serve:serve", "Answer searches over HTTP, with a web page."),
     "keys": ("dml.cli.keys:app", "Make, list and revoke the API keys of the service."),
+    "feedback": ("dml.cli.feedback:feedback", "Export what users said of search results."),
     "data": ("dml.cli.data:app", "Check, split and draw data sets."),
     "list": ("dml.cli.catalogue:app", "Say what there is: losses, methods, data sets, trunks, recipes."),
     "demo": ("dml.cli.demo:demo", "From pictures, drawn or yours, to a search page in one go."),

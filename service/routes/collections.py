@@ -6,9 +6,11 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from dml.collection.base import CollectionInfo
+from dml.errors import DmlError
 from service.engine import Engine, Model
 from service.folders import check_index
 from service.memory import Conflict
+from service.problems import Problem, body_of, problem_of
 from service.repeats import ONCE, OnceRoute
 from service.routes.jobs import promise_of
 from service.routes.parts import (
@@ -29,6 +31,7 @@ from service.schemas import (
     CountAnswer,
     CountRequest,
     ModelsAnswer,
+    ReloadAnswer,
 )
 
 router = APIRouter(prefix="/v1", tags=["collections"], route_class=OnceRoute)
@@ -146,6 +149,25 @@ async def create(request: Request, engine: Ready, settings: Limits, name: Name) 
     new, info, short = await in_thread(request, make)
     content = collection_answer(info, short, engine, read_only=settings.read_only)
     return answer(content, 201 if new else 200)
+
+
+@router.post("/admin/reload", status_code=202, response_model=ReloadAnswer)
+async def reload(request: Request, engine: Ready) -> Response:
+    """Serve the collections that were put into the folder of the service since its start; those that are
+    served go on. What a writer elsewhere changes is followed without asking."""
+    opened, failed = await in_thread(request, engine.reload)
+    place, request_id = request.url.path, request.state.request_id
+    shown = [
+        {"name": name, "problem": body_of(why_closed(error), instance=place, request_id=request_id)}
+        for name, error in failed.items()
+    ]
+    return answer({"opened": opened, "failed": shown}, 202)
+
+
+def why_closed(error: DmlError) -> Problem:
+    """Of a collection that cannot be opened: operators are told what is wrong with its files as well."""
+    known = problem_of(error)
+    return Problem(known.slug, str(error)) if known.slug == "internal-error" else known
 
 
 @router.delete("/collections/{collection}", status_code=204, response_class=Response, dependencies=ONCE)

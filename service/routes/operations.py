@@ -67,6 +67,18 @@ async def root(request: Request, settings: Limits) -> Response:
     return answer({"name": "dml", "version": __version__, "limits": limits, **more})
 
 
+@router.get("/problems", include_in_schema=False)
+async def problem_list() -> Response:
+    """All types of problems, for people."""
+    rows = "".join(
+        f'<li><a href="problems/{kind.slug}">{escape(kind.title)}</a> <span class="document-kind">'
+        f"{kind.status} <code>{kind.slug}</code></span></li>"
+        for kind in sorted(CATALOGUE.values(), key=lambda kind: kind.status)
+    )
+    lead = "Every error is a JSON document (RFC 9457) whose <code>type</code> is one of these addresses."
+    return document("Problems", f'<h1>Problems</h1><p>{lead}</p><ul class="document-list">{rows}</ul>', up="")
+
+
 @router.get("/problems/{slug}", include_in_schema=False)
 async def problem_page(slug: str) -> Response:
     """What a type of problem means and what to do about it, for people."""
@@ -75,19 +87,31 @@ async def problem_page(slug: str) -> Response:
             "not-found", f"There is no problem type of this name. There is: {', '.join(CATALOGUE)}."
         )
     kind = CATALOGUE[slug]
-    page = f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(kind.title)}</title>
-<link rel="icon" href="../favicon.svg" type="image/svg+xml">
-<link rel="stylesheet" href="../web/page.css">
-<main class="document">
-<p class="document-kind">Problem <code>{kind.slug}</code> · HTTP {kind.status}</p>
+    content = f"""<p class="document-kind">Problem <code>{kind.slug}</code> · HTTP {kind.status}</p>
 <h1>{escape(kind.title)}</h1>
 <p>{escape(kind.meaning)}</p>
 <h2>What to do</h2>
 <p>{escape(kind.remedy)}</p>
+<p class="document-kind"><a href="../problems">All problems</a></p>"""
+    return document(kind.title, content, up="../")
+
+
+def document(title: str, content: str, *, up: str) -> Response:
+    """A page of text.
+
+    Args:
+        content: markup.
+        up: the way from the page to the root of the service, which may lie below a prefix of a proxy.
+    """
+    page = f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<link rel="icon" href="{up}favicon.svg" type="image/svg+xml">
+<link rel="stylesheet" href="{up}web/page.css">
+<main class="document">
+{content}
 </main>
 </html>
 """
