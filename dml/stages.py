@@ -99,3 +99,12 @@ def spent(name: Stage, seconds: float) -> None:
         seconds = max(0.0, seconds)
         clock.add(name, seconds, seconds)
         clock._within += seconds
+
+
+def within(outer: Stage, inner: Stage, seconds: float) -> None:
+    """So many of the seconds that `spent` has counted as one stage were another one inside it."""
+    clock = _clock.get()
+    if clock is not None:
+        seconds = min(seconds, clock.seconds.get(outer, 0.0))
+        clock.seconds[outer] = clock.seconds.get(outer, 0.0) - seconds
+        clock.seconds[inner] = clock.seconds.get(inner, 0.0) + seconds

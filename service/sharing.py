@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dml.collection.base import Collection, SearchResult
-from dml.stages import Clock, spent
+from dml.stages import Clock, within
 from service.batching import Batcher
 from service.settings import Settings, usable_cores
 
@@ -96,7 +96,7 @@ class SharedSearches:
         [found] = self._batcher([Asked(vector, search)])
         for name, seconds in found.clock.seconds.items():
             if name != "search":
-                spent(name, seconds)
+                within("search", name, seconds)
         if found.result is None:
             raise found.problem or RuntimeError("a search without a result")
         return found.result

@@ -22,9 +22,10 @@ from dml.collection.base import Figures, NewItem
 from dml.collection.local import LocalCollection
 from dml.errors import Unreachable
 from dml.index.tune import Promise
+from dml.stages import Clock, spent, stage, within
 from service import watching
 from service.app import create_app
-from service.engine import Engine
+from service.engine import Engine, Query, Search
 from service.problems import CATALOGUE
 from service.settings import Settings
 
@@ -415,3 +416,40 @@ def test_several_processes_count_together(tmp_path):
     finally:
         for worker in workers:
             worker.end()
+
+
+# The clock
+
+
+def test_each_second_counts_once():
+    """A stage inside another one is not part of it, whoever says so, and when."""
+    clock = Clock(keep=2)
+    with clock.running():
+        with stage("search"):
+            with stage("payload"):
+                spent("queue", 3.0)
+            spent("inference", 5.0)
+        spent("search", 2.0)
+        within("search", "payload", 0.5)
+        within("search", "payload", 100.0)
+    assert (clock.seconds["queue"], clock.seconds["inference"]) == (3.0, 5.0)
+    assert clock.seconds["search"] == 0.0
+    assert 2.0 <= clock.seconds["payload"] < 7.0, "all of the 2 s that were moved, and what the blocks took"
+    assert (len(clock.intervals), clock.left_out) == (2, 3)
+    before = dict(clock.seconds)
+    with stage("search"):
+        spent("queue", 1.0)
+    assert clock.seconds == before, "no clock runs any more"
+
+
+def test_the_stages_of_a_search_are_no_longer_than_it(tmp_path):
+    engine = Engine({"colours": colour_collection(tmp_path / "colours")}, [ColourEncoder()])
+    search_of = Search(Query(vector=[1.0] * 48))
+    clock = Clock()
+    began = time.perf_counter()
+    with clock.running():
+        engine.search("colours", search_of)
+    taken = time.perf_counter() - began
+    engine.close()
+    assert {"search", "payload"} <= set(clock.seconds)
+    assert 0 < sum(clock.seconds.values()) <= taken
