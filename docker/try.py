@@ -220,6 +220,15 @@ def try_alerts(stack: Stack) -> None:
     rules = [rule for group in stack.ask_prometheus("rules")["groups"] for rule in group["rules"]]
     check(all(rule["health"] == "ok" for rule in rules), f"{len(rules)} alert rules are loaded and evaluate")
 
+    board = json.loads((HERE / "grafana" / "dml.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    answers = [stack.ask_prometheus("query", query=filled(query))["result"] for query in queries]
+    with_values = sum(bool(answer) for answer in answers)
+    check(
+        with_values >= len(queries) - 4,
+        f"{with_values} of {len(queries)} queries of the dashboard have values",
+    )
+
     def firing() -> bool:
         alerts = stack.ask_prometheus("alerts")["alerts"]
         return any(a["labels"]["alertname"] == "ServiceDown" and a["state"] == "firing" for a in alerts)
@@ -231,6 +240,11 @@ def try_alerts(stack: Stack) -> None:
     stack.up()
     took = wait_until("ServiceDown ends", lambda: not firing(), seconds=120)
     check(True, f"and ends {took:.0f} s after it is up again")
+
+
+def filled(query: str) -> str:
+    """A query of the dashboard with everything chosen."""
+    return query.replace("$instance", ".*").replace("$collection", ".*")
 
 
 @contextmanager
