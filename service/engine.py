@@ -409,7 +409,6 @@ class Engine:
         most = self.settings.max_pixels
         try:
             with stage("decode"):
-                with stage("decode"):
                 width, height = probe(image, max_pixels=most)
             check_time()
             coming = self._batchers[fingerprint].coming()
