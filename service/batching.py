@@ -233,7 +233,8 @@ class Batcher(Generic[Q, R]):
         observe: Callable[[int], None] = lambda size: None,
     ) -> None:
         self._function, self._max_batch, self._observe = function, max_batch, observe
-        self.lanes, self._max_wait, self._stage = lanes, max_wait, stage
+        self.lanes, self._max_wait = lanes, max_wait
+        self._stage: Stage = stage
         self._changed = threading.Condition(threading.Lock())
         self._waiting: deque[_Row] = deque()
         self._busy = self._coming = 0
