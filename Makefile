@@ -25,7 +25,7 @@ help:
 	@echo "make env [TORCH=cpu|auto]  only the environment in $(VENV)"
 	@echo "make openapi       renew docs/openapi.json"
 	@echo "make benchmarks    renew docs/benchmarks.md from the result files"
-	@echo "make lock          renew requirements.txt"
+	@echo "make lock          renew requirements.txt and docker/requirements-*.txt"
 
 env: $(VENV)/.ready
 
@@ -69,10 +69,15 @@ types: env
 licences: env
 	$(BIN)/python -m tests.licences
 
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+  --no-emit-index-url --no-emit-find-links
+
 lock:
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	  --no-emit-index-url --no-emit-find-links --extra train --extra cpu --extra serve --extra dev \
-	  -o requirements.txt pyproject.toml
+	$(LOCK) --extra train --extra cpu --extra serve --extra dev -o requirements.txt pyproject.toml
+	$(LOCK) --constraint requirements.txt --extra cpu --extra serve -o docker/requirements-serve.txt pyproject.toml
+	$(LOCK) --constraint requirements.txt --extra cpu --extra serve --extra milvus \
+	  -o docker/requirements-milvus.txt pyproject.toml
+	echo 'faiss-gpu>=1.9,<2' | $(LOCK) --constraint requirements.txt -o docker/requirements-gpu.txt -
 
 openapi: env
 	$(BIN)/python -m service.openapi > docs/openapi.json
