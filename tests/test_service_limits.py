@@ -1,5 +1,6 @@
 """What a client can do to the server on the wire: too much, too slowly, too often, or in broken ways."""
 
+import ast
 import io
 import json
 import random
@@ -24,6 +25,7 @@ from service.limits import Rate
 from service.run import server_config
 from service.settings import Settings
 
+ROOT = Path(__file__).parent.parent
 PLACE = "/v1/collections/colours"
 LIMITS = Settings(
     max_body_bytes=256 * 1024,
@@ -551,6 +553,56 @@ def test_thumbnails_carry_nothing_of_what_the_camera_wrote(address):
     assert b"Secret" not in thumb
     assert b"Exif" not in thumb
     httpx.delete(place)
+
+
+# What is never read, and never asked
+
+
+SOURCES = [path for part in ("dml", "service") for path in sorted((ROOT / part).rglob("*.py"))]
+CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+ASKING = {"httpx", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "ftplib"}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules that are imported anywhere in a source, and what they lie in."""
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) if node.module}
+    return names | {name.partition(".")[0] for name in names}
+
+
+def test_nothing_that_could_carry_code_is_ever_read_or_written():
+    """No pickle: arrays without it, weights by what reads tensors only."""
+    wanted = {("np", "load"): ("allow_pickle", False), ("np", "save"): ("allow_pickle", False)}
+    wanted[("torch", "load")] = ("weights_only", True)
+    seen = 0
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not imported(tree) & CODE_IN_DATA, path
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            target = call.func
+            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+                rule = wanted.get((target.value.id, target.attr))
+                if rule is not None:
+                    given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+                    assert given.get(rule[0]) is rule[1], f"{path}:{call.lineno}"
+                    seen += 1
+    assert seen >= 4, "the rule has found what it is about"
+
+
+def test_the_service_has_nothing_to_open_addresses_with():
+    for path in (ROOT / "service").rglob("*.py"):
+        assert not imported(ast.parse(path.read_text(encoding="utf-8"))) & ASKING, path
+
+
+def test_an_address_as_a_query_is_not_opened(address):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.3)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/x.jpg"
+        refused = httpx.post(f"{address}{PLACE}/search", json={"query": {"image_url": url}})
+        assert refused.status_code == 403
+        assert refused.json()["type"] == "/problems/url-fetch-disabled"
+        with pytest.raises(TimeoutError):
+            listening.accept()
 
 
 # Paths
