@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from service.logs import configure_logs
 from service.settings import Settings
 from service.state import StateFile, default_folder
 from service.tracing import Tracing
+from service.workers import Workers, check_workers, share_of
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK = 1024 * 1024
@@ -47,6 +49,7 @@ def serve(
     data: Path | None = None,
     encoders: Sequence[Path] = (),
     settings: Settings | None = None,
+    workers: int = 1,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serve collection folders until SIGINT or SIGTERM; requests in flight are finished first.
@@ -54,17 +57,19 @@ def serve(
     Args:
         paths: collection folders.
         host, port: where to listen; port 0 takes a free one.
-        runtime: "auto", "onnx" or "torch".
+        runtime: "auto", "onnx", "openvino", "torch", or a profile as "fused/openvino-bf16".
         insecure: allow an address that other machines reach, although there are no keys.
         state: folder with the API keys and what else is to outlive the service; left out, the user's.
         data: folder whose collections are served too, and where others may be made and deleted.
         encoders: encoder folders for collections that are to be made there.
         proxies: addresses of reverse proxies, whose word on where a request came from is taken. This
             machine's own addresses always are such.
+        workers: processes that answer; more than one with `settings.read_only` only.
         announce: told one line when the service is ready.
 
     Raises:
-        UsageError: no collections, or a public address without keys and without `insecure`.
+        UsageError: no collections, a public address without keys and without `insecure`, or several workers
+            that would write.
         StorageError, DamagedFile: there are keys, but they cannot be read.
         ServiceError: the address is taken.
         MissingExtra: traces are asked for, and OpenTelemetry is not installed.
@@ -72,10 +77,44 @@ def serve(
     """
     settings = settings or Settings()
     settings = replace(settings, allow_hosts=hosts_of(host, settings.allow_hosts))
+    check_workers(workers, settings)
     remembered = StateFile(state or default_folder())
-    keys = Keys(remembered)
-    check_address(host, insecure=insecure, keys=keys)
+    check_address(host, insecure=insecure, keys=Keys(remembered))
+    remembered.close()
     check_paths(paths, data)
+    configure_logs(settings)
+    answer = partial(
+        serve_on,
+        paths=list(paths),
+        runtime=runtime,
+        state=remembered.folder,
+        proxies=list(proxies),
+        data=data,
+        encoders=list(encoders),
+        settings=replace(settings, **share_of(settings, workers)) if workers > 1 else settings,
+    )
+    with bind(host, port) as listening:
+        if workers > 1:
+            Workers(workers, answer, listening).run(announce)
+        else:
+            answer(listening, announce)
+
+
+def serve_on(
+    listening: socket.socket,
+    announce: Callable[[str], None],
+    *,
+    paths: Sequence[Path],
+    runtime: str,
+    state: Path,
+    proxies: Sequence[str],
+    data: Path | None,
+    encoders: Sequence[Path],
+    settings: Settings,
+) -> None:
+    """Answer on a socket, in this process, until SIGINT or SIGTERM; see `serve`."""
+    remembered = StateFile(state)
+    keys = Keys(remembered)
     configure_logs(settings)
     quiet_decoders()
     give_back_large_blocks()
@@ -92,21 +131,29 @@ def serve(
         log.info("ready", collections=items, seconds=round(time.monotonic() - started, 2))
         announce(greeting(engine, address, keys_needed=keys.any()))
 
-    with bind(host, port) as listening:
-        address = address_of(listening)
-        log.info("starting", version=__version__, address=address, process=os.getpid())
-        app = create_app(
-            lambda: Engine.open(paths, runtime=runtime, settings=settings, data=data, encoders=encoders),
-            settings,
-            keys=keys,
-            state=remembered,
-            on_ready=be_ready,
-            on_failure=fail,
-            tracing=tracing,
-        )
-        server = uvicorn.Server(server_config(app, settings, proxies=proxies))
-        with signals_only_end_the_server():
-            server.run(sockets=[listening])
+    address = address_of(listening)
+    log.info("starting", version=__version__, address=address, process=os.getpid())
+
+    def load() -> Engine:
+        return Engine.open(paths, runtime=runtime, settings=settings, data=data, encoders=encoders)
+
+    # Alone, the port answers at once, if only that it is not ready. Among others, one that is not ready would
+    # take requests that they could answer.
+    engine = load() if settings.processes > 1 else None
+    app = create_app(
+        engine or load,
+        settings,
+        keys=keys,
+        state=remembered,
+        on_ready=be_ready,
+        on_failure=fail,
+        tracing=tracing,
+    )
+    server = uvicorn.Server(server_config(app, settings, proxies=proxies))
+    with signals_only_end_the_server():
+        server.run(sockets=[listening])
+    if engine is not None:
+        engine.close()
     remembered.close()
     if tracing is not None:
         tracing.close()

@@ -51,6 +51,8 @@ class Settings:
     """Longer side of the thumbnails that size=thumb answers with."""
     workers: int = max(4, 2 * usable_cores())
     """Threads that decode, embed and search. Twice the cores: half of them wait for the encoder's thread."""
+    processes: int = 1
+    """Processes that share the cores; each has its part of them."""
     queue: int = 128
     """Requests that may wait for a thread; one more is answered 503 with Retry-After."""
     deadline_seconds: float = 30.0

@@ -33,7 +33,7 @@ def encoder_batcher(
     Where calls are best made one after another (a GPU) there is one lane, and a call waits for pictures that
     are being decoded, for `settings.max_wait_seconds` at most.
     """
-    cores = usable_cores()
+    cores = max(1, usable_cores() // settings.processes)
     spread = getattr(encoder, "spread", None)
     alone: Function = encoder.embed_arrays
     beside: Function | None = spread(cores) if spread is not None and cores > 1 else None

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -21,10 +22,11 @@ from PIL import Image
 from serving import colour_collection, running
 from test_service_engine import make_collection
 
+from dml.collection.base import NewItem
 from dml.errors import ServiceError, UsageError
 from service import run
 from service.app import create_app
-from service.engine import Engine
+from service.engine import Engine, unit
 from service.keys import Keys, Scope
 from service.settings import Settings
 
@@ -120,7 +122,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import httpx
 from serving import running
 from service.app import create_app
-from service.engine import Engine
+from service.engine import Engine, unit
 from service.keys import Keys, Scope
 from dml.cli.serve import serve
 engine = Engine.open([Path({str(collection)!r})])
@@ -150,7 +152,7 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from serving import ColourEncoder, encoded
 from PIL import Image
-from service.engine import Engine
+from service.engine import Engine, unit
 from service.keys import Keys, Scope
 from service.run import give_back_large_blocks
 from service.settings import Settings
@@ -298,6 +300,8 @@ def test_refusals_are_one_message_and_exit_codes(tmp_path):
         ([str(tmp_path / "nowhere")], 1, "There is no collection folder"),
         ([str(tmp_path / "folder")], 1, "folder"),
         ([str(tmp_path / "colours"), "--runtime", "abacus"], 2, "abacus"),
+        ([str(tmp_path / "colours"), "--runtime", "fused/abacus-f32"], 2, "abacus-f32"),
+        ([str(tmp_path / "colours"), "--workers", "2"], 2, "--read-only"),
         ([str(tmp_path / "colours"), "--allow-host", "http://a.b/"], 2, "bare name"),
         ([str(tmp_path / "colours"), "--cors-origin", "*"], 2, "name each"),
         ([str(tmp_path / "colours"), "--rate", "many"], 2, "100/min"),
@@ -330,3 +334,83 @@ def test_help_of_serve_loads_no_server():
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+# Several processes
+
+
+def processes_of(log: str) -> list[int]:
+    """Those that said that they are starting, in that order."""
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    return [line["process"] for line in lines if line["event"] == "starting"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_several_workers_answer_follow_the_writer_and_are_replaced(tmp_path):
+    """Two workers; one is killed. Another process writes, as `dml index add` would."""
+    with (
+        colour_collection(tmp_path / "colours") as writer,
+        serving(
+            str(tmp_path / "colours"),
+            "--workers",
+            "2",
+            "--read-only",
+            "--open-metrics",
+            "--log-level",
+            "info",
+        ) as (process, address),
+    ):
+        place = f"{address}/v1/collections/colours"
+        first = children(process.pid)
+        assert len(first) == 2
+        writer.add([NewItem("new", unit(range(1, 49), dim=48, where="a row"))])
+        for _ in range(8):  # each on a connection of its own, so that both are asked
+            assert httpx.post(f"{place}/count", json={}).json()["count"] == 21
+        assert httpx.put(f"{place}/items/a", json={"vector": [1.0] * 48}).status_code == 403
+        os.kill(first[0], signal.SIGKILL)
+        for one in first:  # after the second, only those that replaced them are left to answer
+            os.kill(one, signal.SIGKILL)
+            end = time.monotonic() + 60
+            while (one in children(process.pid) or len(children(process.pid)) < 2) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert httpx.post(f"{place}/count", json={}, timeout=60).json()["count"] == 21
+        assert not set(first) & set(children(process.pid))
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    assert set(first) < set(processes_of(log))
+    assert "a worker died and is replaced" in log
+    assert all(not Path(f"/proc/{pid}").exists() for pid in processes_of(log))
+
+
+def children(pid: int) -> list[int]:
+    """The workers that a process has now; its other helpers are none of them."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == pid and "spawn_main" in (stat.parent / "cmdline").read_text():
+                found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_end_when_the_one_that_looks_after_them_is_killed(tmp_path):
+    colour_collection(tmp_path / "colours", pictures=1).close()
+    with serving(str(tmp_path / "colours"), "--workers", "2", "--read-only") as (process, _):
+        workers = children(process.pid)
+        process.kill()
+        end = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(workers) == 2
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_workers_that_cannot_start_say_why_once(tmp_path, tiny_encoder):
+    colour_collection(tmp_path / "colours", pictures=1).close()
+    shutil.copytree(tiny_encoder, tmp_path / "colours" / "encoder")
+    done = dml("serve", str(tmp_path / "colours"), "--workers", "2", "--read-only", "--port", "0")
+    assert done.returncode == 1
+    assert "was made by the encoder" in done.stderr
+    assert "Traceback" not in done.stderr

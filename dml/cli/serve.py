@@ -32,6 +32,9 @@ def serve(
             help="What runs the encoder: auto, onnx, openvino, torch, or a profile as fused/openvino-bf16."
         ),
     ] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that answer; above 1 with --read-only only.")
+    ] = 1,
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every write.")] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an address that other machines reach, without keys.")
@@ -125,6 +128,7 @@ def serve(
         port=port,
         runtime=runtime,
         insecure=insecure,
+        workers=workers,
         state=state,
         proxies=proxy or (),
         settings=Settings(
