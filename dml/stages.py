@@ -107,4 +107,4 @@ def within(outer: Stage, inner: Stage, seconds: float) -> None:
     if clock is not None:
         seconds = min(seconds, clock.seconds.get(outer, 0.0))
         clock.seconds[outer] = clock.seconds.get(outer, 0.0) - seconds
-        clock.seconds[inner] = clock.seconds.get(inner, 0.0) + seconds
+        clock.add(inner, seconds, seconds)
