@@ -73,6 +73,10 @@ class Stack:
     def up(self) -> None:
         self.compose("up", "--detach", "--wait")
 
+    def down(self) -> None:
+        """Away with all of it, the volume of the backups too."""
+        self.compose("--profile", "tools", "down", "--volumes")
+
     def dml(self, *arguments: str, volumes: tuple[str, ...] = ()) -> str:
         """`dml …` beside the service, in its volume."""
         mounts = [part for volume in volumes for part in ("--volume", volume)]
@@ -342,7 +346,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as runs:
         stack.environment.setdefault("RUNS", runs)
         try:
-            stack.compose("down", "--volumes")
+            stack.down()
             began = time.monotonic()
             stack.up()
             stack.trust()
@@ -360,7 +364,7 @@ def main() -> int:
             return 1
         finally:
             if not chosen.keep:
-                stack.compose("down", "--volumes")
+                stack.down()
     print("all held")
     return 0
 

@@ -143,6 +143,17 @@ def test_the_commands_of_compose_exist(compose, monkeypatch) -> None:
             check_command(words, monkeypatch)
 
 
+def test_the_documented_commands_exist(monkeypatch) -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text().replace("\\\n", " ")
+    compose = r"docker compose run [^\n]*?(?:dml|index-milvus)"
+    plain = r"(?:sudo -u dml )?(?:env \S+ )?/opt/dml/bin/dml"
+    given = rf"^ *(?:{compose}|{plain}) +([a-z][^\n]*)$"
+    found = [shlex.split(line.partition("  #")[0]) for line in re.findall(given, page, flags=re.MULTILINE)]
+    assert len(found) >= 10
+    for arguments in found:
+        check_command(arguments, monkeypatch)
+
+
 # Images
 
 
