@@ -65,6 +65,9 @@ export function say(text) {
   $("live").textContent = text;
 }
 
+/** A fingerprint by its beginning; what is called otherwise, as it is. */
+export const short = (model, digits) => (/^[0-9a-f]{32,}$/.test(model) ? model.slice(0, digits) : model);
+
 export const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 
 export const pictures = (count) => plural(count, "picture", "pictures");

@@ -5,7 +5,7 @@
 
 import { Problem, ask, askWith, local, place, thumbnail } from "./ask.js";
 import { cropping, cut } from "./crop.js";
-import { $, MARKS, chip, drawing, element, pictures, plural, say, settled, size, thumb } from "./draw.js";
+import { $, MARKS, chip, drawing, element, pictures, plural, say, settled, short, size, thumb } from "./draw.js";
 import { chosenNow, clearFilters, filterNow, listenToFilters, offerFilters } from "./filters.js";
 import * as key from "./key.js";
 import { adding, confirmDelete, listenToManaging, manage, stage } from "./manage.js";
@@ -533,7 +533,7 @@ async function about(name) {
   if (state.collection !== name || !known) return;
   const parts = [pictures(known.count), `${known.dim} dimensions`, `${known.index.kind ?? "unknown"} index`];
   if (known.measured_recall !== null && known.measured_recall < 1) parts.push(`recall@10 ${known.measured_recall.toFixed(3)}`);
-  parts.push(`encoder ${known.model_fingerprint.slice(0, 8)}`);
+  parts.push(`encoder ${short(known.model_fingerprint, 8)}`);
   $("about").textContent = parts.join(" · ");
   const reason = known.read_only ? "read-only" : state.denied ? "your key may search only" : null;
   const writable = reason === null && known.accepts.includes("image");
@@ -747,7 +747,7 @@ function showOperation() {
   $("status").hidden = false;
   window.scrollTo({ top: 0, behavior: "instant" });
   $("status-title").focus({ preventScroll: true });
-  showStatus([...state.collections.keys()], { visit: restart, writable: !state.denied }).catch(showProblem);
+  showStatus({ listed: list, visit: restart, writable: !state.denied }).catch(showProblem);
 }
 
 async function showItem(id) {
@@ -767,6 +767,7 @@ async function showItem(id) {
 function list(collections) {
   state.collections = new Map(collections.map((known) => [known.name, known]));
   $("collection").replaceChildren(...collections.map(({ name }) => element("option", { value: name }, name)));
+  $("collection").value = state.collection ?? "";
   $("collection").disabled = collections.length < 2 && state.collection !== null;
 }
 

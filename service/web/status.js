@@ -1,7 +1,7 @@
 // The view for who runs the service: what is kept, how it is searched, how quick it was, what is under way.
 
 import { ask, place, timings } from "./ask.js";
-import { $, element, milliseconds, pictures, plural, say, size, svg } from "./draw.js";
+import { $, element, milliseconds, pictures, plural, say, short, size, svg } from "./draw.js";
 
 const WIDTH = 640;
 const HEIGHT = 96;
@@ -12,20 +12,21 @@ let watching; // the timer of the next look
 const stopping = new Set(); // ids of jobs that were asked to stop
 
 /**
- * @param names of the collections.
+ * @param listed called with the collections that there are now.
  * @param visit called with the name of a collection that is to be searched.
  * @param writable whether this visitor may cancel jobs.
  */
-export async function showStatus(names, { visit, writable }) {
+export async function showStatus({ listed, visit, writable }) {
   clearTimeout(watching);
-  const [root, models, { items: jobs }, ...found] = await Promise.all([
-    ask("v1"), ask("v1/models"), ask("v1/jobs?limit=20"), ...names.map(about),
+  const [root, models, { items: jobs }, { items: collections }] = await Promise.all([
+    ask("v1"), ask("v1/models"), ask("v1/jobs?limit=20"), ask("v1/collections?limit=1000"),
   ]);
-  const infos = found.filter((info) => info !== null);
+  const infos = (await Promise.all(collections.map(({ name }) => about(name)))).filter((info) => info !== null);
+  listed(collections);
   const all = infos.reduce((sum, info) => sum + info.count, 0);
   $("status-lead").textContent = `${pictures(all)} in ${plural(infos.length, "collection", "collections")}, served by ${root.name} ${root.version}.`;
   const fitting = (info) => models.items.find((model) => model.fingerprint === info.model_fingerprint);
-  const again = () => showStatus(names, { visit, writable });
+  const again = () => showStatus({ listed, visit, writable });
   const focused = document.activeElement?.dataset.focus;
   $("status-body").replaceChildren(
     block("Collections", ...infos.map((info) => collectionCard(info, fitting(info), visit))),
@@ -96,7 +97,7 @@ function indexOf(index) {
 }
 
 function encoderOf(info, model) {
-  const parts = [info.model_fingerprint.slice(0, 12), `${info.dim} numbers`];
+  const parts = [short(info.model_fingerprint, 12), `${info.dim} numbers`];
   if (!model) return [...parts, "not loaded: ids and vectors only"].join(" · ");
   if (model.input_size) parts.push(`${model.input_size} px`);
   if (model.loss) parts.push(model.loss);
