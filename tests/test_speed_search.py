@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("faiss")
 
-from eval.speed import search
+from dml.data.table import open_table
+from eval.speed import embeddings, search, search_rivals
 from eval.speed.__main__ import main
 
 
@@ -47,11 +49,74 @@ def test_vectors_come_from_a_file_and_the_collection_s_overhead_is_told(few, tmp
     arguments = ["--rows", "1000", "--targets", "0.9", "--vectors", str(tmp_path / "rows.npy")]
     found, printed = run(tmp_path, capsys, *arguments)
     assert (found["rows"], found["dim"], found["vectors"]) == (1000, 8, "rows.npy")
-    assert found["overhead"]["collection ms"] > 0
-    assert "ms as a collection" in printed
+    assert {(row["kind"], row["queries"], row["payload"]) for row in found["overhead"]} == {
+        (kind, queries, payload)
+        for kind in ("hnsw", "faiss_flat")
+        for queries in ("single", "batch")
+        for payload in (False, True)
+    }
+    assert all(row["collection ms"] > 0 for row in found["overhead"])
+    assert "hnsw, single, with payloads" in printed
     np.save(tmp_path / "few.npy", search.drawn(100, 8))
     assert main(["search", "--vectors", str(tmp_path / "few.npy"), "--repeats", "1"]) == 3
     assert "wanted are at least" in capsys.readouterr().err
+
+
+def test_queries_beside_the_vectors_are_used_and_what_was_built_is_kept(few, tmp_path, capsys):
+    rows = search.drawn(820, 8)
+    np.save(tmp_path / "rows.npy", rows[:700])
+    np.save(tmp_path / "rows.queries.npy", rows[700:])
+    arguments = ["--rows", "600", "--targets", "0.9", "--vectors", str(tmp_path / "rows.npy")]
+    arguments += ["--keep", str(tmp_path / "kept"), "--only", "faiss Flat", "hnswlib", "dml HNSW16, int12"]
+    first, _ = run(tmp_path, capsys, *arguments)
+    again, printed = run(tmp_path, capsys, *arguments)
+    assert (first["rows"], first["overhead"]) == (600, [])
+    for before, after in zip(first["targets"][0]["rows"], again["targets"][0]["rows"], strict=True):
+        told = ("name", "MB", "build s", "effort", "recall")
+        assert {name: before[name] for name in told} == {name: after[name] for name in told}
+    assert "ours within half the memory" in printed
+    np.save(tmp_path / "rows.queries.npy", rows[700:, :4])
+    assert main(["search", *arguments, "--repeats", "1"]) == 3
+    assert "wanted are 120 queries" in capsys.readouterr().err
+
+
+def test_who_cannot_take_part_is_named_with_the_reason(few, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(search_rivals, "MILVUS_ROWS", 100)
+    arguments = [
+        "--rows",
+        "300",
+        "--dim",
+        "8",
+        "--targets",
+        "0.9",
+        "--only",
+        "autofaiss",
+        "Milvus",
+        "faiss Flat",
+    ]
+    _, printed = run(tmp_path, capsys, *arguments)
+    assert "no environment with autofaiss was named" in printed
+    assert "filling it with more than 100 rows takes too long" in printed
+    _, printed = run(tmp_path, capsys, *arguments, "--autofaiss", str(tmp_path / "nowhere"))
+    assert "nowhere cannot be run: No such file" in printed
+
+
+def test_embeddings_are_cuts_of_pictures_and_queries_are_cuts_of_others(tmp_path, capsys, tiny_encoder):
+    pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        pixels = rng.integers(0, 256, (12, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:03}.png")
+    arguments = ["embeddings", "--data", str(tmp_path), "--encoder", str(tiny_encoder), "--rows", "250"]
+    assert main([*arguments, "--vectors", str(tmp_path / "v.npy")]) == 0
+    rows, queries = np.load(tmp_path / "v.npy"), np.load(tmp_path / "v.queries.npy")
+    assert (len(rows), len(queries)) == (250, 12)
+    assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert len(np.unique(rows, axis=0)) > 240  # two cuts of a picture are two vectors
+    indexed, asked = embeddings.apart(open_table(tmp_path).records, seed=0)
+    assert not {record.path for record in indexed} & {record.path for record in asked}
+    assert main(["embeddings", "--data", str(tmp_path)]) != 0
+    assert "embeddings needs" in capsys.readouterr().err
 
 
 def test_the_least_effort_is_the_least():

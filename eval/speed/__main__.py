@@ -92,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--seconds", type=float, default=6, help="service: of a turn")
     usage.add_argument("--profiles", nargs="+", help="service: DECODER/RUNTIME-PRECISION of ours")
     usage.add_argument("--memory", action="store_true", help="service: also with 100,000 vectors of 128")
+    usage.add_argument("--autofaiss", type=Path, help="search: a Python interpreter that has autofaiss")
+    usage.add_argument("--keep", type=Path, help="search: folder for built indexes, used again by later runs")
     usage.add_argument("--patience", type=float, default=120, help="seconds a first call may take")
     usage.add_argument("--out", type=Path, help="JSON file")
     return usage
@@ -227,6 +229,8 @@ def search(args: argparse.Namespace) -> dict[str, Any]:
         threads=args.threads or 1,
         only=args.only,
         say=say,
+        autofaiss=args.autofaiss,
+        keep_in=args.keep,
     )
 
 
@@ -258,8 +262,6 @@ def print_embeddings(result: Mapping[str, Any]) -> str:
 
 
 def filters(args: argparse.Namespace) -> dict[str, Any]:
-    import numpy as np
-
     from eval.speed.filters import speed_of_filters
 
     return speed_of_filters(
@@ -267,7 +269,7 @@ def filters(args: argparse.Namespace) -> dict[str, Any]:
         dim=args.dim,
         kinds=args.kinds,
         queries=args.repeats,
-        vectors=None if args.vectors is None else np.load(args.vectors),
+        vectors=args.vectors,
         say=say,
     )
 

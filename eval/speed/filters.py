@@ -19,6 +19,8 @@ from dml.collection.base import SearchResult
 from dml.collection.local import LocalCollection
 from dml.index.base import Vectors
 from eval.speed import race
+from eval.speed.embeddings import queries_beside
+from eval.speed.search import opened
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.9, 1.0)
 PLACES = ("anywhere", "near", "far")
@@ -37,18 +39,30 @@ def speed_of_filters(
     queries: int,
     say: Say,
     shares: Sequence[float] = SHARES,
-    vectors: Vectors | None = None,
+    vectors: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Recall and speed of single searches in a collection of each kind, with and without filters.
 
     Args:
         queries: of each kind of filter; they lie around one point, what passes around it or away from it.
-        vectors: (N, D) to use instead of drawn ones; the last `queries` in a random order are the queries.
+        vectors: .npy file of (N, D) unit rows to use instead of drawn ones: so many `rows` of it with the
+            queries beside it (see `eval.speed.embeddings`), or all but the queries, which are drawn from it.
+
+    Raises:
+        DataError: a file that is no array of rows.
     """
     rng = np.random.default_rng(seed)
-    data = drawn(rows + queries, dim, rng) if vectors is None else vectors[rng.permutation(len(vectors))]
-    held, stored = data[-queries:], data[:-queries]
+    if vectors is None:
+        data = drawn(rows + queries, dim, rng)
+        stored, held = data[:-queries], data[-queries:]
+    elif queries_beside(vectors).exists():
+        stored, held = opened(vectors)[:rows], opened(queries_beside(vectors))[:queries]
+        stored, held = np.ascontiguousarray(stored), np.ascontiguousarray(held)
+    else:
+        data = np.asarray(opened(vectors))
+        data = data[rng.permutation(len(data))]
+        stored, held = data[:-queries], data[-queries:]
     anchored = nearest_to(held[0], held)[: max(1, queries // 4)]
     payloads = places(stored, held[0], rng)
     tables = []
