@@ -42,7 +42,7 @@ def page(request, browser, address, watched):
     width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height})
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.on("console", lambda message: watched.console.append(message.text))
     page.on("pageerror", lambda error: watched.console.append(str(error)))
     page.on("request", lambda asked: watched.requests.append(asked.url))
@@ -312,7 +312,7 @@ def test_a_service_with_keys_asks_for_one_and_keeps_it_for_the_tab(browser, guar
     text, _ = keys.add("page", scope=Scope.SEARCH)
     context = browser.new_context(viewport={"width": size[0], "height": size[1]})
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{address}/#colours")
@@ -358,7 +358,7 @@ def test_a_picture_opens_with_the_key(browser, guarded):
     text, _ = keys.add("page", scope=Scope.SEARCH)
     context = browser.new_context(viewport={"width": 1280, "height": 860})
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.goto(f"{address}/#colours/{quote('red/0', safe='')}")
     page.fill("#key-text", text)
     page.keyboard.press("Enter")

@@ -73,7 +73,7 @@ def page(request, browser, shop, watched):
     width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height})
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.on("console", lambda message: watched.console.append(message.text))
     page.on("pageerror", lambda error: watched.console.append(str(error)))
     page.goto(f"{shop}/#shop")
@@ -269,7 +269,7 @@ def test_a_condition_is_taken_away_by_its_chip(page):
 def test_values_that_the_first_items_do_not_have_are_found_as_well(browser, shop):
     context = browser.new_context()
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.route(
         "**/items?limit=1000", lambda route: route.continue_(url=route.request.url.replace("1000", "20"))
     )
@@ -404,7 +404,7 @@ def test_where_nothing_may_be_written_nothing_offers_it(browser, tmp_path):
     engine = Engine({"shop": fill(tmp_path / "other")}, [ColourEncoder()], settings=Settings(read_only=True))
     with running(create_app(engine)) as address:
         page = browser.new_context().new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.goto(f"{address}/#shop")
         page.wait_for_selector(".card")
         page.get_by_text("read-only").wait_for()
@@ -422,7 +422,7 @@ def test_a_key_that_may_only_search_is_offered_no_writing(browser, tmp_path):
     text, _ = keys.add("visitor", scope=Scope.SEARCH)
     with running(create_app(engine, keys=keys)) as address:
         page = browser.new_context().new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.goto(f"{address}/#shop")
         page.fill("#key-text", text)
         page.keyboard.press("Enter")
@@ -440,7 +440,7 @@ def test_a_key_that_may_not_write_any_more_is_told_so_once(browser, tmp_path):
     (writer, _), (visitor, _) = keys.add("writer", scope=Scope.WRITE), keys.add("visitor", scope=Scope.SEARCH)
     with running(create_app(engine, keys=keys)) as address:
         page = browser.new_context().new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.goto(f"{address}/#shop")
         page.fill("#key-text", writer)
         page.keyboard.press("Enter")
@@ -472,7 +472,7 @@ def test_the_first_collection_of_the_command_line_is_shown_unless_the_address_sa
     engine = Engine({name: fill(tmp_path / name, each=2) for name in names}, [ColourEncoder()])
     with running(create_app(engine)) as address:
         page = browser.new_context().new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         for place, shown in (("", "zebra"), ("#ant", "ant"), ("#/status", "zebra"), ("#%E0%A4%A", None)):
             page.goto("about:blank")
             page.goto(f"{address}/{place}")
@@ -484,7 +484,7 @@ def test_the_first_collection_of_the_command_line_is_shown_unless_the_address_sa
 
 def test_a_collection_that_is_not_there_is_told_and_the_others_are_offered(browser, shop):
     page = browser.new_context().new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.goto(f"{shop}/#trousers/red%2F01")
     page.get_by_text("There is no collection “trousers” here").wait_for()
     assert page.locator("#collection").input_value() == ""
@@ -506,7 +506,7 @@ def test_a_collection_that_is_not_there_is_told_and_the_others_are_offered(brows
 def test_an_alias_in_the_address_leads_to_its_collection(browser, shop):
     assert httpx.put(f"{shop}/v1/aliases/front", json={"collection": "shop"}).status_code == 201
     page = browser.new_context().new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.goto(f"{shop}/#front/red%2F01")
     page.wait_for_selector(".score")
     assert page.locator("#collection").input_value() == "shop"
@@ -529,7 +529,7 @@ def test_a_job_is_cancelled_on_the_status(browser, tmp_path):
         place = engine.place("shop")
         job = app.state.memory.jobs.begin("duplicates", work, collection="shop", place=place)
         page = browser.new_context().new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.goto(f"{address}/#/status")
         page.get_by_text("16 of 64 items").wait_for()
         assert page.locator("progress").get_attribute("value") == "0.25"
@@ -547,7 +547,7 @@ def test_the_status_lists_the_jobs(browser, shop):
     started = httpx.post(f"{shop}/v1/collections/shop/duplicates", json={"level": "file"})
     assert started.status_code == 202
     page = browser.new_context().new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     for _ in range(50):
         if httpx.get(f"{shop}/v1/jobs/{started.json()['id']}").json()["state"] == "succeeded":
             break
@@ -635,7 +635,7 @@ def test_no_state_of_the_page_shuts_anybody_out(browser, shop, scheme, size):
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
         )
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.goto(f"{shop}/#shop")
         page.wait_for_selector(".card")
         reach(page, state)
