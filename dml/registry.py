@@ -48,14 +48,16 @@ def resolve(kind: str, name: str, table: Mapping[str, Callable[..., Any] | str])
         ) from None
 
 
-def unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
-    """The message for a name that nobody knows, with the nearest one that somebody does."""
+def unknown(kind: str, name: str, known: Mapping[str, Any], *, classes: bool = True) -> str:
+    """The message for a name that nobody knows, with the nearest one that somebody does.
+
+    Args:
+        classes: whether a class of the user's own can be named instead.
+    """
     guess = get_close_matches(name, known, n=1)
     hint = f'Did you mean "{guess[0]}"? ' if guess else ""
-    return (
-        f'Unknown {kind} "{name}". {hint}Known: {", ".join(sorted(known))}. '
-        f'Your own class works too: write it as "my_package.my_module:MyClass".'
-    )
+    own = ' Your own class works too: write it as "my_package.my_module:MyClass".' if classes else ""
+    return f'Unknown {kind} "{name}". {hint}Known: {", ".join(sorted(known))}.{own}'
 
 
 def construct(

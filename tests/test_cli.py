@@ -105,6 +105,7 @@ def test_every_verb_explains_itself_without_loading_torch(verb: tuple[str, ...])
         (("index", "info", "no-such-collection"), 1, "no-such-collection"),
         (("encoder", "create", "--trunk", "resnet5000", "--weights", "none", "--out", "x"), 2, "resnet5000"),
         (("data", "check", "no-such-folder"), 3, "no-such-folder"),
+        (("data", "download", "cubs"), 2, 'Did you mean "cub"? Known: cars, cub, inshop, sop.\n'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

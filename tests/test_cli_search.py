@@ -96,5 +96,7 @@ def test_what_cannot_be_asked_is_said(run, tiny_folder):
     assert malformed.value.exit_code == 2, "as for JSON that cannot be read"
     with pytest.raises(UsageError, match="--group-size 3 .* give --group-by"):
         run(picture, "--group-size", "3")
+    with pytest.raises(UsageError, match="is a folder, and no picture"):
+        run(tiny_folder)
     with pytest.raises(UnknownItem, match="nobody"):
         run("--positive", "nobody")

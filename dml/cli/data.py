@@ -147,7 +147,7 @@ def download(
     from dml.registry import unknown
 
     if name not in BENCHMARKS:
-        raise ConfigError(unknown("benchmark", name, BENCHMARKS))
+        raise ConfigError(unknown("benchmark", name, BENCHMARKS, classes=False))
     about = BENCHMARKS[name]
     if folder is not None:
         typer.echo(open_table(f"{name}:{folder}").describe())

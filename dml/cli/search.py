@@ -105,6 +105,8 @@ def search(
 
     asked = Asked(image, tuple(positive or ()), tuple(negative or ()))
     if image is not None:
+        if image.is_dir():
+            raise UsageError(f"{image} is a folder, and no picture: dml search COLLECTION IMAGE")
         decode(image)  # a file that is no picture is refused before anything is loaded
     elif not positive:
         raise UsageError("There is nothing to look for: name a picture, or an item with --positive ID.")

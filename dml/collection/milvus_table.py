@@ -151,7 +151,9 @@ class MilvusTable:
         self, uri: str, name: str, *, consistency: str = "Strong", timeout: float = TIMEOUT_SECONDS
     ) -> None:
         if consistency not in CONSISTENCIES:
-            raise ConfigError(unknown("consistency", consistency, dict.fromkeys(CONSISTENCIES, "")))
+            raise ConfigError(
+                unknown("consistency", consistency, dict.fromkeys(CONSISTENCIES), classes=False)
+            )
         self.uri, self.name, self.consistency, self.timeout = uri, name, consistency, timeout
         self.lite = "://" not in uri
         self._client = connected(uri, timeout)
@@ -405,7 +407,7 @@ class MilvusTable:
 def check_kind(kind: str, options: Mapping[str, Any], *, lite: bool) -> Kind:
     """An index of Milvus. Raises ConfigError, NotAvailable."""
     if kind not in KINDS:
-        raise ConfigError(unknown("index kind of Milvus", kind, dict.fromkeys(KINDS, "")))
+        raise ConfigError(unknown("index kind of Milvus", kind, dict.fromkeys(KINDS), classes=False))
     found = KINDS[kind]
     if lite and not found.lite:
         known = ", ".join(name for name, one in KINDS.items() if one.lite)

@@ -54,7 +54,10 @@ def open_supply(source: Path, encoder: "Encoder | None", settings: Settings) -> 
     if is_embeddings(source):
         return EmbeddingsSupply(source, encoder, settings)
     if encoder is None:
-        raise DataError(f"{source} holds no embeddings, so an encoder is needed: give --encoder RUN.")
+        raise DataError(
+            f"{source} holds no embeddings, so an encoder is needed: give --encoder RUN "
+            f"(`dml encoder create` makes one without training)."
+        )
     return PictureSupply(source, encoder, settings)
 
 
