@@ -68,12 +68,16 @@ def test_it_is_opened_with_the_settings_that_it_has_or_not_at_all(http, data):
     assert http.put("/v1/collections/after", json={}).json()["count"] == 4
 
 
-def test_a_service_that_only_reads_opens_none(tmp_path, data):
+def test_a_service_that_only_reads_makes_none(tmp_path, data):
     colour_collection(data / "colours", pictures=1).close()
     engine = Engine({}, settings=Settings(read_only=True), folder=Folder(data))
     app = create_app(engine, state=tmp_path / "state")
     with running(app) as address:
-        assert_problem(httpx.put(f"{address}/v1/collections/colours", json={}), 403, "read-only")
+        assert_problem(httpx.put(f"{address}/v1/collections/new", json={"dim": 3}), 403, "read-only")
+        found = httpx.put(f"{address}/v1/collections/colours", json={}).json()
+        assert (found["count"], found["read_only"]) == (4, True)
+        item = httpx.put(f"{address}/v1/collections/colours/items/a", json={"vector": [1.0] * 48})
+        assert_problem(item, 403, "read-only")
     engine.close()
 
 

@@ -142,7 +142,8 @@ async def create(request: Request, engine: Ready, settings: Limits, name: Name) 
 
     def make() -> tuple[bool, CollectionInfo, dict[str, Any]]:
         there = engine.adopt(name) or name in engine.names()
-        as_it_is = there and asked == CollectionRequest()  # nothing was wished for: any settings will do
+        wishes = (asked.model, asked.dim, index["promise"], index["kind"], index["options"])
+        as_it_is = there and wishes == (None, None, None, "auto", {})  # none: any settings will do
         new = not as_it_is and engine.create(name, model=asked.model, dim=asked.dim, index=index)
         return new, engine.info(name), summary(engine, name)
 
