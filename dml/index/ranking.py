@@ -162,8 +162,14 @@ def true_scores(queries: Vectors, slots: NDArray[np.int64], vectors_at: VectorsA
     queries_count, fetched = slots.shape
     scores = np.full(slots.shape, -np.inf, np.float32)
     block = max(1, MULTIPLY_LIMIT // max(1, fetched * queries.shape[1]))
+    whole = slots.size and slots.min() >= 0 and fetched * queries.shape[1] <= MULTIPLY_LIMIT
     for start in range(0, queries_count, block):
         part = slice(start, start + block)
+        if whole:  # no index arrays, no copies of the queries
+            rows = vectors_at(slots[part].ravel()).reshape(*slots[part].shape, -1)
+            products = np.multiply(rows, queries[part, None], dtype=np.float64)
+            scores[part] = products.sum(axis=2)
+            continue
         row, column = np.nonzero(slots[part] >= 0)
         step = max(1, MULTIPLY_LIMIT // queries.shape[1])
         for first in range(0, len(row), step):
