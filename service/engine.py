@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,10 @@ from dml.collection.base import (
     Payload,
     SearchResult,
 )
+from dml.collection.encoding import admit
 from dml.collection.examples import query_vector, unit
+from dml.collection.local import LocalCollection
+from dml.encoder import Encoder
 from dml.errors import (
     DmlError,
     ImageNotKept,
@@ -236,6 +239,7 @@ class Engine:
         self._users: Counter[str] = Counter()
         self._turns: dict[str, threading.RLock] = {}
         self._sizes: dict[str, int] = {}
+        self._admitted: WeakSet[Collection] = WeakSet()
         self._shared: WeakKeyDictionary[Collection, SharedSearches] = WeakKeyDictionary()
         self._encoders = {encoder.fingerprint: encoder for encoder in encoders}
         self._batchers = {f: self._batcher(encoder) for f, encoder in self._encoders.items()}
@@ -308,7 +312,7 @@ class Engine:
         if name in self._collections:
             return name
         meant = self.alias_of().get(name)
-        if meant in self._collections:
+        if meant is not None and meant in self._collections:
             return meant
         raise UnknownCollection(
             f'There is no collection "{name}" here. There is: {", ".join(self.names()) or "none"}.'
@@ -553,7 +557,9 @@ class Engine:
 
     def _row_of(self, collection: Collection, image: bytes | None, vector: Any) -> Vector:
         if image is not None:
-            return self._embed_for(collection, image)
+            row = self._embed_for(collection, image)
+            self._admit(collection)
+            return row
         return unit(vector, dim=collection.dim, where="the vector")
 
     def put_many(
@@ -599,9 +605,18 @@ class Engine:
             except (InvalidImage, VectorError) as error:
                 rows.append(error)
         if arrays:
+            self._admit(collection)
             for place, row in zip(places, self._batchers[collection.fingerprint](arrays), strict=True):
                 rows[place] = row
         return rows
+
+    def _admit(self, collection: Collection) -> None:
+        """Note in a collection that it gets vectors of this profile, before the first of them is written."""
+        encoder = self._encoders[collection.fingerprint]
+        if collection not in self._admitted and isinstance(collection, LocalCollection):
+            if isinstance(encoder, Encoder):
+                admit(collection, encoder)
+            self._admitted.add(collection)
 
     def _write_rows(
         self,

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 from serving import ColourEncoder, colour_collection, encoded, jpeg, paint
 
-from dml.collection import create_collection
+from dml.collection import create_collection, open_collection
 from dml.collection.base import NewItem
+from dml.encoder.agreement import store
+from dml.encoder.profiles import ProfileAgreement
 from dml.errors import (
     ConfigError,
     DimensionMismatch,
@@ -130,6 +132,26 @@ def make_collection(path: Path, encoder: Path, pictures: Path) -> None:
     )
     collection.close()
     shutil.copytree(encoder, path / "encoder")
+
+
+def test_a_profile_is_served_once_it_was_measured_and_noted_where_it_writes(
+    tmp_path, tiny_encoder, tiny_folder
+):
+    pictures = [file.read_bytes() for file in sorted(tiny_folder.rglob("*.jpg"))]
+    path = tmp_path / "shapes"
+    make_collection(path, tiny_encoder, tiny_folder)
+    with open_collection(path) as collection:
+        collection.set_encoder_info({"profiles": ["pillow/onnx-f32"]})
+    with pytest.raises(ModelMismatch, match="has not been measured"):
+        Engine.open([path], runtime="fused/onnx-f32")
+    figures = ProfileAgreement(("pillow/onnx-f32", "fused/onnx-f32"), 2000, 0.995, 0.99, 0.9999, 0.999)
+    store(path / "encoder", [figures])
+    engine = Engine.open([path], runtime="fused/onnx-f32")
+    assert engine.search("shapes", Search(Query(image=pictures[5]))).hits[0].score > 0.9999
+    assert engine.info("shapes").manifest["encoder"]["profiles"] == ["pillow/onnx-f32"]
+    engine.put("shapes", "new", image=pictures[5])
+    assert engine.info("shapes").manifest["encoder"]["profiles"] == ["pillow/onnx-f32", "fused/onnx-f32"]
+    engine.close()
 
 
 def test_a_collection_with_another_encoder_inside_is_refused(tmp_path, tiny_encoder):

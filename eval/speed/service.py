@@ -459,7 +459,7 @@ def compared(
         return None
     first, shared = 0, 0.0
     for number in numbers:
-        scores = dict(truth[number])
+        scores: dict[str, float] = {id: score for id, score in truth[number]}  # noqa: C416
         best = max(scores.values())
         first += scores.get(found[number][0][0], -2.0) >= best - TIE
         shared += len(scores.keys() & {id for id, _ in found[number]}) / len(scores)
@@ -507,12 +507,12 @@ def memory_of_service(
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         encoder = create_encoder(ModelConfig(trunk="resnet18"), folder / "encoder", image_size=size, dim=dim)
-        draw_demo(folder / "drawn", classes=2, images_per_class=4, size=400)
+        draw_demo(folder / "drawn", classes=18, images_per_class=2, size=400)
         uploads = sorted((folder / "drawn").rglob("*.jpg")) or sorted((folder / "drawn").rglob("*.png"))
         vectors = filled(encoder.embed_files(uploads).vectors, rows)
         (folder / "setting").mkdir()
         write_setting(folder / "setting", vectors, encoder)
-        setting = Setting(folder / "setting", uploads, encoder.path, 8, rows, False, "resnet18")
+        setting = Setting(folder / "setting", uploads, encoder.path, len(uploads), rows, False, "resnet18")
         with ours(setting, str(REFERENCE), "dml") as server:
             start = resident_bytes(server.process.pid)
             upload_all(server.address, server.path, uploads, clients=TRIAL, seconds=seconds)
@@ -564,10 +564,15 @@ def rows_of(turns: Mapping[tuple[str, int], Sequence[Turn]], clients: int) -> li
             )
     base = {row["name"]: row for row in rows}
     for row in rows:
-        row["x naive"] = row["answers/s"] / base[NAIVE]["answers/s"]
-        row["x competent"] = row["answers/s"] / base[COMPETENT]["answers/s"]
+        row["x naive"] = times(row["answers/s"], base[NAIVE]["answers/s"])
+        row["x competent"] = times(row["answers/s"], base[COMPETENT]["answers/s"])
         row["p99 x naive"] = row["p99"] / base[NAIVE]["p99"]
     return rows
+
+
+def times(one: float, other: float) -> float | None:
+    """None where the other answered nothing in time."""
+    return one / other if other else None
 
 
 def goals(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -602,10 +607,14 @@ def goals(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "goal": name,
             "measured": value,
             "wanted": f"{sign} {wanted:g}",
-            "reached": value >= wanted if sign == ">=" else value <= wanted,
+            "reached": value is not None and (value >= wanted if sign == ">=" else value <= wanted),
         }
         for name, value, wanted, sign in listed
     ]
+
+
+def shown(value: float | None) -> str:
+    return "nothing to compare with" if value is None else f"{value:.2f}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -646,9 +655,9 @@ def print_service(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         *(
-            f"{'reached' if goal['reached'] else 'MISSED '}  {goal['goal']}: {goal['measured']:.2f}, wanted "
-            f"{goal['wanted']}"
-            for goal in result["goals"]
+            f"{'reached' if one['reached'] else 'MISSED '}  {one['goal']}: {shown(one['measured'])}, wanted "
+            f"{one['wanted']}"
+            for one in result["goals"]
         ),
     ]
     tried = ", ".join(f"{way}: {rate:.1f}" for way, rate in result["competent tried"].items())
