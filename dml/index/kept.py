@@ -29,7 +29,8 @@ LEVELS = 15
 
 
 PAIRS: NDArray[np.complex64] = (
-    np.stack([np.arange(256) & LEVELS, np.arange(256) >> 4], axis=1).astype(np.float32) - np.float32(LEVELS / 2)
+    np.stack([np.arange(256) & LEVELS, np.arange(256) >> 4], axis=1).astype(np.float32)
+    - np.float32(LEVELS / 2)
 ).view(np.complex64)[:, 0]
 """The two numbers that a byte of the finer half stands for, as one item: one look-up for both."""
 
