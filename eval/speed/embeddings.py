@@ -136,7 +136,7 @@ def embed_cuts(
 def cuts(
     records: Sequence[Record], chunk: range, *, rows: int, preprocess: Preprocess, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Rows (N,) made of some of the records, and their cuts (N, S, S, 3), which depend on row and seed alone."""
+    """Rows (N,) of some of the records, and their cuts (N, S, S, 3): a matter of row and seed alone."""
     places, found = [], []
     for number in chunk:
         own = range(number, rows, len(records))
