@@ -740,8 +740,11 @@ class Engine:
                     f'"{name}" would be for pictures, and this service has no encoder for them. Give dim, '
                     f"for vectors that are made elsewhere, or start it with dml serve --encoder FOLDER."
                 )
-            fingerprint = self._choose(model) if dim is None else model or "unknown"
-            dim = dim if dim is not None else self._encoders[fingerprint].dim
+            if dim is None:
+                fingerprint = self._choose(model)
+                dim = int(self._encoders[fingerprint].dim)
+            else:
+                fingerprint = model or "unknown"
             if name in self._collections:
                 folder.check_same(
                     self._collections[name].info(), dim=dim, fingerprint=fingerprint, index=index

@@ -28,8 +28,8 @@ class Manifest:
     created: str  # ISO 8601, UTC
     metric: str = "cosine"
     index: Mapping[str, Any] = field(default_factory=dict)
-    """What was asked for: {"kind": "auto" or a kind, "options": {...}}, and "promise" where there is one. Kind and
-    options are then those that were chosen for it; "auto" until then."""
+    """What was asked for: {"kind": "auto" or a kind, "options": {...}}, and "promise" where there is one.
+    Kind and options are then those that were chosen for it; "auto" until then."""
     built: Mapping[str, Any] = field(default_factory=dict)
     """What the last build made: kind, sequence, count, seconds, measured recall; {} before the first."""
     roots: Mapping[str, str] = field(default_factory=dict)

@@ -163,8 +163,8 @@ class Encoder:
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
     def spread(self, calls: int) -> Callable[[Vectors], Vectors] | None:
-        """`embed_arrays` for `calls` calls at a time, each on one core, from as many threads: under load no core
-        waits for another then. None where calls are best made one after another, as on a GPU.
+        """`embed_arrays` for `calls` calls at a time, each on one core, from as many threads: under load no
+        core waits for another then. None where calls are best made one after another, as on a GPU.
         """
         runtime = self._concurrent(calls)
         return None if runtime is None else lambda arrays: self.embed_arrays(arrays, runtime=runtime)

@@ -62,8 +62,8 @@ class Profile:
 
 
 def named(text: str) -> dict[str, Any]:
-    """What an operator calls a runtime, as arguments of `Encoder.load`: "onnx" a runtime with its usual decoder
-    and precision, "fused/openvino-bf16" a profile. Raises UsageError for a profile that there is not.
+    """What an operator calls a runtime, as arguments of `Encoder.load`: "onnx" a runtime with its usual
+    decoder and precision, "fused/openvino-bf16" a profile. Raises UsageError for a profile that there is not.
     """
     if "/" in text:
         return {"runtime": "auto", "profile": str(Profile.parse(text))}

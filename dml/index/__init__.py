@@ -27,7 +27,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "ivf": "approximate, vectors grouped into cells, whole or as codes; quick to build, CPU or GPU",
     "pq": "approximate, every vector compared as a short code; small, quick to build (CPU)",
     "rabitq": "approximate, every vector compared by its signs; the quickest to build (CPU)",
-    "matrix": "as good as exact, on a CPU's bfloat16 matrix units, by torch or OpenVINO; for many queries at once",
+    "matrix": "as good as exact, on bfloat16 matrix units (CPU; torch or OpenVINO); for many queries at once",
 }
 
 LARGEST_OPTION = 2**31 - 1

@@ -69,7 +69,7 @@ class Work:
             reducing_gap=3.0,
         )
         array = np.asarray(small, np.float32).transpose(2, 0, 1) / 255
-        return (array - self.mean) / self.std
+        return ((array - self.mean) / self.std).astype(np.float32, copy=False)
 
     def search(self, data: bytes) -> dict[str, Any]:
         """The answer."""
