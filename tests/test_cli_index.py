@@ -407,6 +407,8 @@ def test_ctrl_c_during_a_build_ends_with_130_and_leaves_nothing(tiny_folder, tin
 import sys, time
 import dml.encoder
 from dml.cli.main import main
+from dml.collection import importing
+importing.COMMIT_SECONDS = 1000  # however long the first batch takes, nothing is written yet
 original = dml.encoder.Encoder.embed_stream
 def slow(self, *args, **kwargs):
     for batch in original(self, *args, **kwargs):
