@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from dml.startup import prepare_process
 prepare_process()
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has what it starts in the background ignore Ctrl-C, and so would the commands of the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPES = ("ellipse", "rectangle", "triangle", "cross", "ring", "bars")
 COLOURS = ((200, 60, 50), (50, 120, 200), (60, 160, 80), (220, 170, 40), (140, 80, 170), (40, 40, 50))

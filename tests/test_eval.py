@@ -189,18 +189,19 @@ def collection(shop):
 
 
 @pytest.fixture(scope="module")
-def address(shop):
+def address(shop, tmp_path_factory):
     """Where a service answers for the collection."""
     command = [sys.executable, "-m", "dml.cli.main", "serve", str(shop), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    log = tmp_path_factory.mktemp("service") / "log"
+    with (
+        open(log, "w") as told,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True) as process,
+    ):
         assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if found := re.search(r"http://[\d.]+:\d+", line):
-                break
-        else:
-            pytest.fail("the service did not start: " + "".join(said))
+        greeting = process.stdout.readline()  # only when it answers; the log names the address before that
+        found = re.search(r"http://[\d.]+:\d+", greeting)
+        if found is None:
+            pytest.fail(f"the service did not start: {greeting}{log.read_text()}")
         yield found.group()
         process.terminate()
         process.stdout.read()
