@@ -384,13 +384,14 @@ def test_linking_shares_bytes_with_the_collection(shop, tmp_path):
 
 def test_a_flipped_byte_in_a_backup_is_found_and_not_restored(shop, backup, tmp_path, scale):
     back_up(shop, backup)
+    contents = contents_of_tar(backup) if backup.is_file() else []
     for seed in range(10 * scale):
         rng = random.Random(seed)
         files = [backup] if backup.is_file() else files_of(backup)
         path = rng.choice(files)
         data = path.read_bytes()
         place = flip(path, rng)
-        if path == backup and not used_by_tar(backup, place):
+        if path == backup and not any(place in content for content in contents):
             path.write_bytes(data)
             continue
         with suppress(DmlError):
@@ -402,10 +403,10 @@ def test_a_flipped_byte_in_a_backup_is_found_and_not_restored(shop, backup, tmp_
     restore(backup, tmp_path / "again")
 
 
-def used_by_tar(path, place):
-    """Whether a place in a .tar file is in the bytes of one of its files."""
+def contents_of_tar(path):
+    """Where in a .tar file the bytes of its files are."""
     with tarfile.open(path) as tar:
-        return any(m.offset_data <= place < m.offset_data + m.size for m in tar.getmembers())
+        return [range(m.offset_data, m.offset_data + m.size) for m in tar.getmembers()]
 
 
 def test_a_backup_never_replaces_what_is_none_of_its_own(shop, tmp_path):

@@ -71,9 +71,10 @@ def test_queries_beside_the_vectors_are_used_and_what_was_built_is_kept(few, tmp
     first, _ = run(tmp_path, capsys, *arguments)
     again, printed = run(tmp_path, capsys, *arguments)
     assert (first["rows"], first["overhead"]) == (600, [])
-    for before, after in zip(first["targets"][0]["rows"], again["targets"][0]["rows"], strict=True):
-        told = ("name", "MB", "build s", "effort", "recall")
-        assert {name: before[name] for name in told} == {name: after[name] for name in told}
+    told = ("name", "MB", "build s", "effort", "recall")
+    tables = [[{t: row.get(t) for t in told} for row in ran["targets"][0]["rows"]] for ran in (first, again)]
+    assert tables[0] == tables[1]
+    assert sum(row["MB"] is not None for row in tables[0]) >= 2  # hnswlib is not installed everywhere
     assert "ours within half the memory" in printed
     np.save(tmp_path / "rows.queries.npy", rows[700:, :4])
     assert main(["search", *arguments, "--repeats", "1"]) == 3
