@@ -78,7 +78,7 @@ def test_the_engine_s_codes_are_read_as_the_engine_reads_them(kind, precision):
     assert np.abs(kept - rows).max() <= tolerance
     if precision != "int12":
         engine = index._flat_storage()
-        # faiss gives torch's arrays once faiss.contrib.torch_utils was loaded by whatever else a process uses.
+        # Once anything in this process has loaded faiss.contrib.torch_utils, faiss gives arrays of torch.
         assert np.abs(np.asarray(engine.reconstruct_n(0, 1500)) - kept).max() < 2e-7
     whole = make_index(kind, DIM, device="cpu")
     whole.add(np.arange(1500), rows)
