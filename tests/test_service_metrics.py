@@ -180,25 +180,20 @@ def test_the_queue_is_seen_while_it_is_full_and_who_is_turned_away(tmp_path):
 
 
 def test_clients_make_no_series(http):
-    for path in (
+    paths = (
         "/v1/collections/colours/items/{}",
         "/v1/collections/{}",
         "/{}",
         "/v1/jobs/{}",
         "/problems/{}",
-    ):
+    )
+    for path in paths:
         http.get(path.format("first"))
     http.request("PROPFIND", "/v1")
     search(http)
     before = set(scrape(http))
     for number in range(20):
-        for path in (
-            "/v1/collections/colours/items/{}",
-            "/v1/collections/{}",
-            "/{}",
-            "/v1/jobs/{}",
-            "/problems/{}",
-        ):
+        for path in paths:
             http.get(path.format(f"made-up-{number}"), headers={"X-Request-Id": f"id-{number}"})
     for method in ("MKCOL", "LOCK", "REPORT", "SEARCH"):
         http.request(method, "/v1")
