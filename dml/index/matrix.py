@@ -63,7 +63,7 @@ class MatrixIndex:
             )
         if dim < 1 or effort < 1:
             raise ConfigError(f"matrix needs a dim and an effort of at least 1, got {dim} and {effort}")
-        self.products = products(engine)
+        self.products = products(dim, engine)
         if not self.products.in_hardware:
             log.warning("this processor has no bfloat16 units: the kind faiss_flat is quicker than matrix")
         self.dim, self.effort = dim, effort

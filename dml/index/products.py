@@ -43,8 +43,9 @@ class Products(Protocol):
         ...
 
 
-def products(engine: str = "auto") -> Products:
-    """ "torch" or "openvino"; "auto" is the first of them that is installed: torch is the faster one.
+def products(dim: int, engine: str = "auto") -> Products:
+    """For rows of `dim` numbers: by "torch" or "openvino"; "auto" is the first of them that is installed, as
+    torch is the faster one.
 
     Raises MissingExtra, ConfigError.
     """
@@ -52,7 +53,7 @@ def products(engine: str = "auto") -> Products:
         raise ConfigError(f'The engine of the index kind matrix is auto, torch or openvino, got "{engine}"')
     if engine == "torch" or (engine == "auto" and find_spec("torch") is not None):
         return TorchProducts()
-    return OpenVinoProducts()
+    return OpenVinoProducts(dim)
 
 
 class TorchProducts:
@@ -93,21 +94,24 @@ class TorchProducts:
 class OpenVinoProducts:
     name = "openvino"
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int) -> None:
         try:
             import openvino
         except ImportError:
             raise MissingExtra("OpenVINO (the index kind matrix needs it, or torch)", "openvino") from None
         self._openvino: Any = openvino
-        self._core = openvino.Core()
-        self.in_hardware = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self._models: dict[int, Any] = {}  # of each number of dimensions
+        core = openvino.Core()
+        self.in_hardware = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self._model = self._compiled(core, dim)
         self._own = threading.local()  # a request holds the buffers of one call
 
     def best(
         self, queries: Vectors, codes: NDArray[np.uint16], fetch: int, hidden: NDArray[np.bool_] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        request, found = self._request(codes.shape[1]), []
+        request = getattr(self._own, "request", None)
+        if request is None:
+            request = self._own.request = self._model.create_infer_request()
+        found = []
         for start in range(0, len(codes), BLOCK_ROWS):
             part = codes[start : start + BLOCK_ROWS]
             offsets = np.zeros((1, len(part)), np.uint16)
@@ -131,15 +135,7 @@ class OpenVinoProducts:
         ov = self._openvino
         return ov.Tensor(np.ascontiguousarray(bits), ov.Shape(list(bits.shape)), ov.Type.bf16)
 
-    def _request(self, dim: int) -> Any:
-        requests = self._own.__dict__.setdefault("requests", {})
-        if dim not in requests:
-            if dim not in self._models:
-                self._models[dim] = self._compiled(dim)
-            requests[dim] = self._models[dim].create_infer_request()
-        return requests[dim]
-
-    def _compiled(self, dim: int) -> Any:
+    def _compiled(self, core: Any, dim: int) -> Any:
         """(Q, D) queries, (N, D) rows, (1, N) offsets, k → the k highest of queries · rowsᵀ + offsets."""
         import openvino.opset13 as op
 
@@ -157,7 +153,7 @@ class OpenVinoProducts:
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if threads.isdecimal() and int(threads):
             settings["INFERENCE_NUM_THREADS"] = int(threads)
-        return self._core.compile_model(model, "CPU", settings)
+        return core.compile_model(model, "CPU", settings)
 
 
 def highest_columns(torch: Any, scores: Any, count: int) -> tuple[Any, Any]:
