@@ -196,7 +196,7 @@ def still_there(collection: LocalCollection, ids: Sequence[str]) -> list[Path]:
     for item in collection.find(ids).values():
         picture = item.picture
         if picture is not None and picture.root is not None and picture.root in roots:
-            found.append(Path(roots[picture.root]) / (picture.path or ""))
+            found.append(file_at(picture, roots))
         elif picture is not None and main is not None:
             found.append(Path(main) / item.id)  # a copy, if it is one of this folder's
     return [path for path in found if path.is_file()]
@@ -245,13 +245,13 @@ def main_folder(collection: LocalCollection) -> Path:
 def path_of(item: Item, place: Place) -> str:
     """The path of an item's file below the root; of a stored picture, what its id says."""
     if item.picture is not None and item.picture.path is not None:
-        return file_at(item.picture, place).relative_to(place.folder).as_posix()
+        return file_at(item.picture, place.roots).relative_to(place.folder).as_posix()
     return item.id.removeprefix("" if place.name == MAIN_ROOT else f"{place.name}/")
 
 
-def file_at(picture: Picture, place: Place) -> Path:
+def file_at(picture: Picture, roots: Mapping[str, str]) -> Path:
     """Where a picture that is referred to lies. Roots may lie below each other, so any may hold it."""
-    return Path(place.roots.get(picture.root or "", "/")) / (picture.path or "")
+    return Path(roots.get(picture.root or "", "/")) / (picture.path or "")
 
 
 def is_of(item: Item, plan: Plan) -> bool:
@@ -260,7 +260,7 @@ def is_of(item: Item, plan: Plan) -> bool:
         return False
     place = plan.place
     if item.picture.kind != "stored":
-        return file_at(item.picture, place).is_relative_to(place.source)
+        return file_at(item.picture, place.roots).is_relative_to(place.source)
     path = path_of(item, place)
     return path in plan.notes and (place.folder / path).is_relative_to(place.source)
 
