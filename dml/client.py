@@ -246,6 +246,7 @@ class Client:
         collection: str,
         *,
         image: Picture | None = None,
+        image_url: str | None = None,
         id: str | None = None,
         vector: ArrayLike | None = None,
         positive: Sequence[str] = (),
@@ -266,6 +267,7 @@ class Client:
 
         Args:
             image: the bytes of a picture file, or its path.
+            image_url: the address of a picture, on a host that the service fetches from (`--fetch-host`).
             positive, negative: ids of items that are, or are not, like what is looked for.
             score_threshold: leave out hits of a lower cosine similarity.
             exact: compare with every item, whatever the index.
@@ -288,14 +290,14 @@ class Client:
         if group_by is not None:
             options |= {"group_by": group_by, "group_size": group_size}
         place = f"{self._place(collection)}/search"
-        if image is not None and id is None and vector is None:
+        if image is not None and image_url is None and id is None and vector is None:
             params = json.dumps({**options, "query": query})
             files = {"file": ("image", read(image), "application/octet-stream")}
             return search_answer(self._json("POST", f"{place}/image", files=files, data={"params": params}))
         if image is not None:
             query["image"] = base64.b64encode(read(image)).decode()
-        if id is not None:
-            query["id"] = id
+        named = {"image_url": image_url, "id": id}
+        query |= {name: text for name, text in named.items() if text is not None}
         if vector is not None:
             query["vector"] = numbers(vector)
         return search_answer(self._json("POST", place, json={**options, "query": query}))

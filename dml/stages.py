@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, get_args
 
-Stage = Literal["receive", "queue", "decode", "inference", "search", "payload", "write"]
-"""receive: the body arrives. queue: waiting for a thread, for a turn to decode, for the encoder. decode:
-bytes to the numbers that the encoder takes. inference: the encoder. search: the index. payload: what the
-catalogue keeps of the hits. write: an item into the catalogue, onto the disk."""
+Stage = Literal["receive", "fetch", "queue", "decode", "inference", "search", "payload", "write"]
+"""receive: the body arrives. fetch: a picture comes from an address. queue: waiting for a thread, for a turn
+to decode, for the encoder. decode: bytes to the numbers that the encoder takes. inference: the encoder.
+search: the index. payload: what the catalogue keeps of the hits. write: an item into the catalogue, onto the
+disk."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 

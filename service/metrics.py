@@ -27,7 +27,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from dml import __version__
-from dml.stages import Stage
+from dml.stages import STAGES, Stage
 from service.problems import CATALOGUE
 from service.watching import View
 
@@ -59,7 +59,7 @@ class Metrics:
         )
         self.stages = Histogram(
             "dml_stage_seconds",
-            "Time of a request in one stage: receive, queue, decode, inference, search, payload, write.",
+            f"Time of a request in one stage: {', '.join(STAGES)}.",
             ("route", "stage"),
             buckets=SECONDS,
             registry=registry,

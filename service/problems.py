@@ -69,8 +69,10 @@ CATALOGUE: dict[str, Kind] = {
         ),
         Kind(
             "url-fetch-disabled", 403, "Pictures are not fetched from addresses",
-            "The service does not open addresses for its clients unless the operator allows certain hosts.",
-            "Send the picture itself: as a multipart upload, or in base64 as query.image.",
+            "The service opens an address for a client only if the operator allows its host, and this one is"
+            " not on the list, or there is no list.",
+            "Send the picture itself: as a multipart upload, or in base64 as query.image. The operator allows"
+            " hosts with `dml serve --fetch-host`.",
         ),
         Kind(
             "not-found", 404, "There is nothing at this address",
@@ -170,6 +172,13 @@ CATALOGUE: dict[str, Kind] = {
             "invalid-image", 422, "The picture cannot be decoded",
             "The file is empty, cut off or damaged.",
             "Open it in a viewer, save it again, and send that.",
+        ),
+        Kind(
+            "fetch-failed", 422, "No picture came from the address",
+            "The host is one that pictures are fetched from, but it could not be reached, was too slow, or"
+            " answered with something else than success.",
+            "Open the address yourself. Redirections are not followed: give the address that they end at. Or"
+            " send the picture itself.",
         ),
         Kind(
             "vector-invalid", 422, "The vector cannot be used",

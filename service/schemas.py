@@ -24,7 +24,9 @@ class QuerySpec(ImageQuery):
     """What to look for: one of image, id, vector, text; or positive examples; or both."""
 
     image: str | None = Field(default=None, description="A picture file in base64")
-    image_url: str | None = Field(default=None, description="Refused unless the operator allows its host")
+    image_url: str | None = Field(
+        default=None, description="Address of a picture, on a host that the operator allows"
+    )
     id: ItemId | None = Field(default=None, description="An item of this collection")
     vector: Numbers | None = Field(
         default=None, description="As long as the collection's; any length of arrow"

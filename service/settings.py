@@ -8,6 +8,7 @@ from dml.errors import ConfigError
 from service.hosts import check_name
 from service.limits import Rate
 from service.origins import check_origin
+from service.reach import AllowedHost
 
 MEBIBYTE = 1024 * 1024
 WRONG_KEYS = Rate(20, 60)
@@ -61,6 +62,11 @@ class Settings:
     """Pictures the encoder takes at once when several requests are waiting for it."""
     max_wait_seconds: float = 0.002
     """On a GPU, a call of the encoder may wait so long for pictures that are being decoded at that moment."""
+    fetch_hosts: tuple[str, ...] = ()
+    """Hosts from which pictures are fetched for clients that give an address instead of a picture, see
+    `service.reach.AllowedHost`; none: no address is opened."""
+    fetch_seconds: float = 10.0
+    """A picture that has not come whole from its address by then is given up."""
     allow_hosts: tuple[str, ...] = ()
     """Names that the service answers to besides 127.0.0.1, localhost and [::1]; none: whatever Host says. On
     a loopback address `dml serve` adds that address, so that no other name is answered to."""
@@ -103,5 +109,7 @@ class Settings:
                 raise ConfigError(f"the service setting {name} must be above 0, got {value}")
         object.__setattr__(self, "allow_hosts", tuple(check_name(name) for name in self.allow_hosts))
         object.__setattr__(self, "cors_origins", tuple(check_origin(name) for name in self.cors_origins))
+        for host in self.fetch_hosts:
+            AllowedHost.parse(host)
         if self.queue < 0:
             raise ConfigError(f"the service setting queue must be at least 0, got {self.queue}")

@@ -560,7 +560,7 @@ def test_thumbnails_carry_nothing_of_what_the_camera_wrote(address):
 
 SOURCES = [path for part in ("dml", "service") for path in sorted((ROOT / part).rglob("*.py"))]
 CODE_IN_DATA = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-ASKING = {"httpx", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "ftplib"}
+ASKING = {"httpcore", "httpx", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "ftplib"}
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -589,8 +589,10 @@ def test_nothing_that_could_carry_code_is_ever_read_or_written():
     assert seen >= 4, "the rule has found what it is about"
 
 
-def test_the_service_has_nothing_to_open_addresses_with():
+def test_one_module_only_can_open_addresses():
     for path in (ROOT / "service").rglob("*.py"):
+        if path.name == "fetching.py":
+            continue
         assert not imported(ast.parse(path.read_text(encoding="utf-8"))) & ASKING, path
 
 

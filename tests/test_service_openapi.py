@@ -62,6 +62,10 @@ def schema():
     return schemathesis.openapi.from_dict(document)
 
 
+# The server's threads live in this process: what they draw looks to hypothesis as if a strategy had drawn it.
+@pytest.mark.filterwarnings(
+    "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
+)
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_answer_is_one_that_the_document_describes(address, schema, operation, mode, scale):

@@ -15,8 +15,7 @@ from eval.speed.__main__ import main
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(search, "TUNING", 60)
-    monkeypatch.setattr(search, "SCORING", 60)
+    monkeypatch.setattr(search, "QUERIES", 120)
     monkeypatch.setattr(search, "TIMED", 4)
 
 

@@ -57,6 +57,14 @@ def serve(
     open_metrics: Annotated[
         bool, typer.Option("--open-metrics", help="Answer /metrics without a key also where there are keys.")
     ] = False,
+    fetch_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="A host whose pictures are fetched for queries by address, such as photos.example.org, "
+            "*.cdn.example.org or 10.0.0.7:9000; may be repeated. None: no address is opened.",
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,6 +142,7 @@ def serve(
         settings=Settings(
             max_pixels=max_pixels or Settings.max_pixels,
             allow_hosts=tuple(allow_host or ()),
+            fetch_hosts=tuple(fetch_host or ()),
             cors_origins=tuple(cors_origin or ()),
             rate=None if rate is None else Rate.parse(rate),
             open_metrics=open_metrics,

@@ -1,8 +1,9 @@
 """Search at equal recall: our kinds of index and other engines, over the same vectors; see `search_rivals`.
 
-Every contender gets the same rows, threads and queries. Its effort is sought until its recall@10 reaches a
-target, with queries that are kept for that; what is raced then is that effort, with other queries, one at a
-time and in batches of 64. Memory is what the engine keeps: by its own count, or reckoned from its arrays.
+Every contender gets the same rows, threads and queries. What is raced, one query at a time and in batches of
+64, is the least effort at which its recall@10 over these queries reaches a target: so all rows of a table
+have found as much. (Whether an effort keeps its recall for other queries is for an index's promise,
+`dml.index.tune`.) Memory is what the engine keeps: by its own count, or reckoned from its arrays.
 """
 
 import time
@@ -41,8 +42,7 @@ from eval.speed.search_rivals import (
 )
 
 BATCH = 64
-TUNING = SCORING = 500
-"""Queries of each set."""
+QUERIES = 1000
 
 TIMED = 64
 """Queries in a turn of the race, one by one."""
@@ -108,8 +108,7 @@ def speed_of_search(
     """
     indexed, queries = drawn_apart(rows, dim) if vectors is None else read(vectors, rows)
     blocks = [(np.arange(len(indexed)), indexed)]
-    tuning = asked_of(queries[:TUNING], blocks)
-    scoring = asked_of(queries[TUNING:], blocks)
+    asked = asked_of(queries, blocks)
     engines: dict[str, Engine] = {}
     about: dict[str, dict[str, Any]] = {}
     builds = contenders(len(indexed), indexed.shape[1], threads=threads, only=only, autofaiss=autofaiss)
@@ -123,7 +122,7 @@ def speed_of_search(
             about[name] = {"name": name, "problem": str(error)}
         else:
             about[name] = {"name": name, "MB": engines[name].nbytes, "build s": seconds}
-    tables = [table(engines, about, target, tuning, scoring, repeats, say) for target in targets]
+    tables = [table(engines, about, target, asked, repeats, say) for target in targets]
     return {
         "machine": {**race.machine(), "features": features()},
         "repeats": repeats,
@@ -131,7 +130,7 @@ def speed_of_search(
         "dim": indexed.shape[1],
         "vectors": "drawn" if vectors is None else vectors.name,
         "targets": tables,
-        "overhead": overhead(indexed, scoring.queries, repeats=repeats, say=say)
+        "overhead": overhead(indexed, asked.queries, repeats=repeats, say=say)
         if not only or "overhead" in only
         else [],
     }
@@ -164,8 +163,7 @@ def table(
     engines: Mapping[str, Engine],
     about: Mapping[str, Mapping[str, Any]],
     target: float,
-    tuning: Asked,
-    scoring: Asked,
+    asked: Asked,
     repeats: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -174,20 +172,20 @@ def table(
     chosen: dict[str, int] = {}
     for name, engine in engines.items():
         say(f"recall {target:g}: {name}")
-        effort = least_effort(engine, tuning, target)
+        effort = least_effort(engine, asked, target)
         if effort is None:
             result[name]["problem"] = f"stays below recall {target:g}"
             continue
         chosen[name] = effort
-        result[name] |= {"effort": effort or None, "recall": recall_of(engine, scoring, effort)}
+        result[name] |= {"effort": effort or None, "recall": recall_of(engine, asked, effort)}
     if chosen:
-        turns = {name: turn_of(engines[name], scoring, effort) for name, effort in chosen.items()}
+        turns = {name: turn_of(engines[name], asked, effort) for name, effort in chosen.items()}
         single = {
-            name: partial(one_by_one, engines[name], scoring.queries[: turns[name]], effort)
+            name: partial(one_by_one, engines[name], asked.queries[: turns[name]], effort)
             for name, effort in chosen.items()
         }
         batch = {
-            name: partial(engines[name].search, scoring.queries[:BATCH], effort)
+            name: partial(engines[name].search, asked.queries[:BATCH], effort)
             for name, effort in chosen.items()
         }
         for name, timing in race.race(single, repeats=repeats).items():
@@ -242,7 +240,7 @@ def overhead(
             with TemporaryDirectory() as folder:
                 path = Path(folder) / "collection"
                 fill(path, kind, indexed, payload)
-                [snapshot] = (path / "snapshots").glob("*.index")
+                snapshot = max((path / "snapshots").glob("*.index"), key=lambda file: int(file.stem))
                 with open_collection(path, merge="manual") as there:
                     found += raced_overhead(
                         there, load_index(snapshot, device="cpu"), queries, kind, repeats=repeats
@@ -304,7 +302,7 @@ def drawn(count: int, dim: int, *, seed: int = 0) -> Vectors:
 
 def drawn_apart(rows: int, dim: int) -> tuple[Vectors, Vectors]:
     """Rows to index and queries."""
-    everything = drawn(rows + TUNING + SCORING, dim)
+    everything = drawn(rows + QUERIES, dim)
     return everything[:rows], everything[rows:]
 
 
@@ -313,22 +311,21 @@ def read(path: Path, rows: int) -> tuple[Vectors, Vectors]:
     found, beside = opened(path), queries_beside(path)
     if beside.exists():
         asked = opened(beside)
-        if asked.shape[1:] != found.shape[1:] or len(asked) < TUNING + SCORING:
+        if asked.shape[1:] != found.shape[1:] or len(asked) < QUERIES:
             raise DataError(
-                f"{beside} holds an array of shape {asked.shape}; wanted are {TUNING + SCORING:,} queries "
+                f"{beside} holds an array of shape {asked.shape}; wanted are {QUERIES:,} queries "
                 f"for the rows of {path.name}, {found.shape}"
             )
-        parts = ((found[:rows], path), (asked[: TUNING + SCORING], beside))
+        parts = ((found[:rows], path), (asked[:QUERIES], beside))
         indexed, queries = (check_vectors(part, found.shape[1], str(name)) for part, name in parts)
         return indexed, queries
-    if len(found) < 10 * (TUNING + SCORING):
+    if len(found) < 10 * QUERIES:
         raise DataError(
-            f"{path} holds an array of shape {found.shape}; wanted are at least "
-            f"{10 * (TUNING + SCORING):,} rows"
+            f"{path} holds an array of shape {found.shape}; wanted are at least {10 * QUERIES:,} rows"
         )
-    order: NDArray[np.int64] = np.random.default_rng(0).permutation(len(found))[: rows + TUNING + SCORING]
+    order: NDArray[np.int64] = np.random.default_rng(0).permutation(len(found))[: rows + QUERIES]
     mixed = check_vectors(found[np.sort(order)], found.shape[1], str(path))[np.argsort(np.argsort(order))]
-    return mixed[: -(TUNING + SCORING)], mixed[-(TUNING + SCORING) :]
+    return mixed[:-QUERIES], mixed[-QUERIES:]
 
 
 def opened(path: Path) -> NDArray[Any]:

@@ -10,6 +10,7 @@ Answers are compared with those of the naive endpoint, which computes in float32
 nearest item is the same (or as near), and of the ten nearest.
 """
 
+import atexit
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import numpy as np
@@ -281,6 +283,8 @@ def start_ours(
     for profile in profiles:
         name = f"dml {profile}"
         try:
+            with ours(setting, profile, name):
+                pass  # its modules are compiled by now, as those of the endpoints will be by `best_competent`
             servers[name] = stack.enter_context(ours(setting, profile, name))
         except CannotStart as error:
             refused.append({"name": name, "problem": str(error)})
@@ -314,12 +318,23 @@ def endpoint(setting: Setting, kind: str, options: Sequence[str], name: str) -> 
         yield server
 
 
+@cache
+def environment() -> Mapping[str, str]:
+    """Of every server: a place for compiled modules as well, so that a later start need not make them."""
+    folder = mkdtemp(prefix="dml-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPYCACHEPREFIX": folder}
+
+
 @contextmanager
 def running(command: Sequence[str], *, name: str, path: str, upload: Path) -> Iterator[Server]:
     """A server that has answered once, until the block ends. Raises CannotStart, with what it wrote last."""
     with TemporaryDirectory() as scratch, (Path(scratch) / "errors").open("w+") as errors:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()
+        )
         try:
             line = process.stdout.readline() if process.stdout else ""
             address = re.search(r"at (http://\S+?)/", line)

@@ -1,12 +1,15 @@
 """What looks like this?"""
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from dml.collection.base import Hit
+from dml.stages import stage
 from service import engine as core
 from service.engine import Answer
 from service.problems import Problem, body_of, invalid, problem_of
@@ -39,15 +42,23 @@ from service.schemas import (
 )
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from service.fetching import Fetcher
+
 router = APIRouter(prefix="/v1/collections/{collection}", tags=["search"])
 
 
 @router.post("/search", response_model=SearchAnswer, openapi_extra=takes(json=SearchRequest))
 async def search(request: Request, engine: Ready, settings: Limits, name: Name) -> Response:
-    """The items nearest to a picture (base64), an item or a vector."""
+    """The items nearest to a picture (base64, or its address), an item or a vector."""
     engine.collection(name)
     asked = await read_json(request, SearchRequest)
-    found = await in_thread(request, lambda: engine.search(name, to_search(asked, asked.query, settings)))
+    [image] = await fetched(request, [asked])
+    if isinstance(image, Exception):
+        raise image
+    found = await in_thread(
+        request, lambda: engine.search(name, to_search(asked, asked.query, settings, image=image))
+    )
     return reply(found, asked)
 
 
@@ -81,9 +92,15 @@ async def search_batch(request: Request, engine: Ready, settings: Limits, name: 
             "/searches", f"has {len(asked.searches)} entries; at most {settings.max_searches} are allowed"
         )
 
+    images = await fetched(request, asked.searches)
+
     def one(position: int, entry: SearchRequest) -> dict[str, Any]:
         try:
-            return search_answer(engine.search(name, to_search(entry, entry.query, settings)), entry)
+            image = images[position]
+            if isinstance(image, Exception):
+                raise image
+            wanted = to_search(entry, entry.query, settings, image=image)
+            return search_answer(engine.search(name, wanted), entry)
         except Exception as error:
             problem = problem_of(error)
             if problem.status_code >= 500:
@@ -119,6 +136,33 @@ async def similar(
     return reply(await in_thread(request, lambda: engine.search(name, wanted)), asked)
 
 
+async def fetched(request: Request, searches: Sequence[SearchRequest]) -> list[bytes | Exception | None]:
+    """The pictures of the queries that name an address, side by side.
+
+    In place of one that does not come stands its Problem or QueueFull; None where there is no address.
+    """
+    fetcher: Fetcher | None = request.app.state.fetcher
+
+    async def one(url: str | None) -> bytes | Exception | None:
+        try:
+            if url is None:
+                return None
+            if fetcher is None:
+                raise Problem(
+                    "url-fetch-disabled",
+                    "query.image_url: this service opens no addresses; send the picture itself.",
+                )
+            return await fetcher.fetch(url)
+        except Exception as error:
+            return error
+
+    addresses = [entry.query.image_url for entry in searches]
+    if all(url is None for url in addresses):
+        return [None] * len(addresses)
+    with stage("fetch"):
+        return await asyncio.gather(*map(one, addresses))
+
+
 def to_search(
     asked: SearchOptions, query: ImageQuery, settings: Settings, *, image: bytes | None = None
 ) -> core.Search:
@@ -137,10 +181,6 @@ def to_search(
         given = f"{asked.limit} x {asked.group_size}"
         raise invalid("/group_size", f"limit x group_size must be at most {settings.max_window}, got {given}")
     spec = query if isinstance(query, QuerySpec) else QuerySpec.model_construct(**query.model_dump())
-    if spec.image_url is not None:
-        raise Problem(
-            "url-fetch-disabled", "query.image_url: this service opens no addresses; send the picture itself."
-        )
     if spec.text is not None:
         raise not_available(
             "query/text", "searching by text needs a model with a text tower, and none is here."
