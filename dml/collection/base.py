@@ -8,7 +8,7 @@ answers approximately instead.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,9 +53,8 @@ class NewItem:
     sha256: str | None = None  # of `file`, from who has just read it; None: it is read for it
 
 
-@dataclass(frozen=True)
-class Item:
-    """One row of a collection."""
+class Item(NamedTuple):
+    """One row of a collection. Its payload is the caller's own: changing it changes nothing else."""
 
     id: str
     payload: Payload
@@ -69,8 +68,7 @@ class Item:
         return None if value is None else str(value)
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """One search result."""
 
     id: str

@@ -12,10 +12,13 @@ from json.decoder import JSONDecoder
 from typing import Any, NamedTuple
 
 from dml.collection import catalog as sql
-from dml.collection.base import Item, Picture
+from dml.collection.base import Item
 
-OVERHEAD = 400
+OVERHEAD = 600
 """Bytes that an item takes besides its texts, about."""
+
+PAYLOAD_TIMES = 8
+"""A payload takes about so many times the bytes that it has as JSON."""
 
 payload_of: Callable[[str, int], tuple[Any, int]] = JSONDecoder().raw_decode
 """(Text that is known to be JSON, 0) -> (value, where it ended). `json.loads` looks for blanks too, and takes
@@ -25,10 +28,10 @@ twice as long."""
 class Known(NamedTuple):
     """What an item is made of anew each time: whoever changes a payload that was shown changes only that."""
 
-    id: str
-    payload: str  # JSON
-    sequence: int
-    picture: Picture | None
+    item: Item
+    lists: tuple[str, ...]  # fields of its payload that are lists, of what cannot change
+    text: str | None  # the payload as JSON, where it is nested deeper
+    size: int  # bytes
 
 
 class KnownItems:
@@ -52,9 +55,18 @@ class KnownItems:
         items, found = self._items, {}
         for row in rows:
             known = items.get(row)
-            if known is None or known.sequence > sequence:
+            if known is None:
                 return None
-            found[row] = Item(known.id, payload_of(known.payload, 0)[0], known.sequence, known.picture)
+            (id, kept, written, picture, _), lists, text, _ = known
+            if written > sequence:
+                return None
+            if text is None:
+                payload = dict(kept)  # a tenth of the time of reading JSON
+                for name in lists:
+                    payload[name] = payload[name].copy()
+            else:
+                payload = payload_of(text, 0)[0]
+            found[row] = Item(id, payload, written, picture)
         return found
 
     def read(self, db: sqlite3.Connection, rows: Collection[int], sequence: int) -> dict[int, Item]:
@@ -69,7 +81,7 @@ class KnownItems:
         with self._lock:
             if self._sequence == sequence:  # else this was a look into the past
                 for row in read:
-                    self._keep(row[0], Known(row[1], row[3], row[2], found[row[0]].picture))
+                    self._keep(row[0], known_of(sql.item_of(row), row[3]))
                 self._shrink()
         return found
 
@@ -90,17 +102,26 @@ class KnownItems:
     def _keep(self, row: int, known: Known) -> None:
         self._forget(row)
         self._items[row] = known
-        self._bytes += size_of(known)
+        self._bytes += known.size
 
     def _forget(self, row: int) -> None:
         known = self._items.pop(row, None)
         if known is not None:
-            self._bytes -= size_of(known)
+            self._bytes -= known.size
 
     def _shrink(self) -> None:
         while self._bytes > self.most_bytes:
             self._forget(next(iter(self._items)))
 
 
-def size_of(known: Known) -> int:
-    return len(known.id) + len(known.payload) + OVERHEAD
+def known_of(item: Item, text: str) -> Known:
+    """`text`: its payload as JSON."""
+    fields = item.payload.items()
+    deep = any(
+        isinstance(value, dict)
+        or (isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value))
+        for _, value in fields
+    )
+    lists = () if deep else tuple(name for name, value in fields if isinstance(value, list))
+    size = len(item.id) + PAYLOAD_TIMES * len(text) + OVERHEAD
+    return Known(item, lists, text if deep else None, size)

@@ -10,7 +10,7 @@ to do with where the query is, and the answer says that it is approximate.
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -305,7 +305,7 @@ class Searcher:
             items = self.known.read(self.db, rows, self.state.sequence)
             if self.query.with_vector:
                 stored = sql.vectors_of(self.db, rows)
-                items = {row: replace(item, vector=stored[row]) for row, item in items.items()}
+                items = {row: item._replace(vector=stored[row]) for row, item in items.items()}
             return items
 
 
@@ -313,10 +313,12 @@ def hits_of(
     ranking: Ranking, items: Mapping[int, Item], *, first_rank: int, group: Scalar | None = None
 ) -> list[Hit]:
     """A ranking as hits. `items`: row -> item, for all of its rows."""
-    hits, pairs = [], zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True)
-    for rank, (row, score) in enumerate(pairs, first_rank):
+    hits, scores = [], ranking.scores.tolist()
+    if scores and (scores[0] > 1.0 or scores[-1] < -1.0):  # by a last digit
+        scores = [max(-1.0, min(score, 1.0)) for score in scores]
+    for rank, (row, score) in enumerate(zip(ranking.rows.tolist(), scores, strict=True), first_rank):
         item = items[row]
-        hits.append(Hit(item.id, max(-1.0, min(score, 1.0)), rank, item, group))
+        hits.append(Hit(item.id, score, rank, item, group))
     return hits
 
 

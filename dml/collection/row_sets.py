@@ -3,7 +3,6 @@
 import sqlite3
 import threading
 from collections import OrderedDict
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -130,4 +129,4 @@ def with_vectors(db: sqlite3.Connection, found: list[tuple[int, Item]], wanted: 
     if not wanted:
         return [item for _, item in found]
     vectors = sql.vectors_of(db, [row for row, _ in found])
-    return [replace(item, vector=vectors[row]) for row, item in found]
+    return [item._replace(vector=vectors[row]) for row, item in found]
