@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: every bundled suite, from the result files."""
+"""docs/benchmarks.md: every bundled suite, and what was measured of speed, from the result files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +15,9 @@ from eval.benchmark.compare import (
     settings_lines,
 )
 from eval.benchmark.plot import plot
-from eval.benchmark.results import default_place
+from eval.benchmark.results import default_place, results_folder
 from eval.benchmark.suite import load_suite, suite_names
+from eval.speed.page import speed_section
 
 HEAD = """# Benchmarks
 
@@ -45,7 +46,8 @@ def write_page(path: Path, results: Path | None = None) -> list[Path]:
             write_aside(picture, lambda aside, text=drawing: aside.write_text(text, encoding="utf-8"))
             written.append(picture)
         sections.append(section(table, picture.name if drawing else ""))
-    text = "\n".join([HEAD, *sections])
+    speed = speed_section(results_folder() if results is None else results)
+    text = "\n".join([HEAD, *sections, *([speed] if speed else [])])
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     return written
 

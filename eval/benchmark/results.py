@@ -23,6 +23,7 @@ from dml.errors import ConfigError
 from dml.storage import write_aside
 from eval.benchmark.suite import Suite, digest_of
 
+ROOT = Path(__file__).parent.parent.parent
 FORMAT = 1
 NAME = re.compile(r"trial-(?P<trial>\d+)-fold-(?P<fold>\d+)|seed-(?P<seed>\d+)|final-(?P<final>\d+)")
 
@@ -79,10 +80,14 @@ class RowResults:
 def default_place(suite: Suite, results: Path | None = None) -> Place:
     """RESULTS/SUITE: eval/results for a bundled suite in a checkout of the repository, else ./results."""
     if results is None:
-        root = Path(__file__).parent.parent.parent
-        bundled = suite.path.parent == root / "eval" / "suites"
-        results = root / "eval" / "results" if bundled and (root / ".git").exists() else Path("results")
+        bundled = suite.path.parent == ROOT / "eval" / "suites"
+        results = results_folder() if bundled else Path("results")
     return Place(results / suite.name)
+
+
+def results_folder() -> Path:
+    """eval/results in a checkout of the repository, else ./results."""
+    return ROOT / "eval" / "results" if (ROOT / ".git").exists() else Path("results")
 
 
 _CACHE: dict[Path, tuple[tuple[int, int, int], Result | None]] = {}

@@ -19,6 +19,7 @@ contenders, so that a busy neighbour slows all of them; what counts are medians 
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,8 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(PRINT[args.what](result))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1))
+        about = {"table": args.what, "command": command_of(sys.argv[1:] if arguments is None else arguments)}
+        args.out.write_text(json.dumps({**about, **result}, indent=1))
     return 0
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """The command line as others would write it: without where its results went, and files by their names."""
+    shown, left_out = [], False
+    for word in arguments:
+        if left_out or word in ("--out", "--keep"):
+            left_out = not left_out
+        else:
+            shown.append(Path(word).name if "/" in word else word)
+    return shlex.join(["python", "-m", "eval.speed", *shown])
 
 
 def parser() -> argparse.ArgumentParser:
