@@ -10,7 +10,8 @@ pytest.importorskip("faiss")
 
 from dml.data.table import open_table
 from eval.speed import embeddings, search, search_rivals
-from eval.speed.__main__ import main
+from eval.speed.__main__ import command_of, main
+from eval.speed.page import speed_section
 
 
 @pytest.fixture
@@ -25,6 +26,14 @@ def run(tmp_path, capsys, *arguments):
     return json.loads(out.read_text()), capsys.readouterr().out
 
 
+def page_of(tmp_path, found):
+    """A folder of results with this one."""
+    folder = tmp_path / "results" / "speed"
+    folder.mkdir(parents=True)
+    (folder / "search-small.json").write_text(json.dumps(found))
+    return tmp_path / "results"
+
+
 def test_everyone_is_raced_at_equal_recall(few, tmp_path, capsys):
     only = ["--only", "faiss", "hnswlib", "usearch f32", "dml HNSW16, float32", "dml HNSW16, int8"]
     found, printed = run(tmp_path, capsys, "--rows", "1500", "--dim", "16", "--targets", "0.9", "1.0", *only)
@@ -33,7 +42,7 @@ def test_everyone_is_raced_at_equal_recall(few, tmp_path, capsys):
     assert {"faiss Flat", "faiss HNSW32", "hnswlib M16", "usearch f32"} <= set(rows)
     for row in rows.values():
         if not row.get("problem"):
-            assert row["recall"] >= 0.8
+            assert row["recall"] >= 0.9
             assert min(row["single"], row["batch 64"], row["MB"]) > 0
     assert rows["faiss Flat"]["recall"] == 1.0
     assert rows["dml HNSW16, int8"]["MB"] < rows["dml HNSW16, float32"]["MB"]
@@ -56,6 +65,7 @@ def test_vectors_come_from_a_file_and_the_collection_s_overhead_is_told(few, tmp
     }
     assert all(row["collection ms"] > 0 for row in found["overhead"])
     assert "hnsw, single, with payloads" in printed
+    assert printed.strip() in speed_section(page_of(tmp_path, found))
     np.save(tmp_path / "few.npy", search.drawn(100, 8))
     assert main(["search", "--vectors", str(tmp_path / "few.npy"), "--repeats", "1"]) == 3
     assert "wanted are at least" in capsys.readouterr().err
@@ -135,3 +145,19 @@ def test_the_least_effort_is_the_least():
     found = search.least_effort(Stepwise(), asked, 0.99)
     assert found is not None
     assert 37 <= found <= 39
+
+
+def test_a_result_tells_the_command_that_made_it_without_anybody_s_folders(tmp_path):
+    given = [
+        "search",
+        "--vectors",
+        "/home/me/photos.npy",
+        "--keep",
+        "/tmp/b",
+        "--only",
+        "dml PQ",
+        "--out",
+        "x.json",
+    ]
+    assert command_of(given) == "python -m eval.speed search --vectors photos.npy --only 'dml PQ'"
+    assert speed_section(tmp_path) == ""
