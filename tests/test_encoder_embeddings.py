@@ -329,6 +329,11 @@ def test_create_export_and_check_on_the_command_line(dml: Any, tmp_path: Path) -
     assert made.exit_code == 0, made.output
     fingerprint = json.loads(made.stdout)["fingerprint"]
     assert "weights are random" in made.stderr
+    before = (out / "manifest.json").read_bytes()
+    again = ("encoder", "create", "--trunk", "tiny", "--weights", "none", "--image-size", 32, "--out", out)
+    with pytest.raises(UsageError, match="holds an encoder already.*--overwrite"):
+        dml(*again)
+    assert (out / "manifest.json").read_bytes() == before
     exported = dml("encoder", "export", out)
     assert fingerprint in exported.stdout
     assert "agree on 12 pictures" in exported.stdout
@@ -351,3 +356,5 @@ def test_create_export_and_check_on_the_command_line(dml: Any, tmp_path: Path) -
             "--out",
             tmp_path / "f",
         )
+    assert dml(*again, "--overwrite").exit_code == 0
+    assert (out / "manifest.json").read_bytes() != before

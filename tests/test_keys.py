@@ -461,3 +461,9 @@ def test_mistakes_are_one_message_and_exit_code_2(tmp_path):
         assert done.returncode == 2
         assert text in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_state_that_is_a_file_is_not_taken_for_one_without_keys(tmp_path: Path):
+    (tmp_path / FILE).write_bytes(b"")
+    with pytest.raises(UsageError, match=r"--state names a folder, and .* is a file"):
+        CliRunner().invoke(app, ["list", "--state", str(tmp_path / FILE)], catch_exceptions=False)

@@ -41,6 +41,9 @@ def create(
     format: Annotated[
         str, typer.Option(help="onnx: weights and ONNX. safetensors: weights only, needs torch.")
     ] = "onnx",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the encoder that --out holds, if it holds one.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make an encoder without training, so that any folder of pictures becomes searchable.
@@ -52,8 +55,14 @@ def create(
 
     from dml.config import ModelConfig
     from dml.encoder import create_encoder
+    from dml.encoder.manifest import MANIFEST
     from dml.encoder.preprocess import Fit
+    from dml.errors import UsageError
 
+    if (out / MANIFEST).exists() and not overwrite:
+        raise UsageError(
+            f"{out} holds an encoder already. Name another folder, or replace it with --overwrite."
+        )
     config = ModelConfig(
         trunk=trunk,
         pretrained=weights == "pretrained",

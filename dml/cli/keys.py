@@ -107,9 +107,11 @@ def revoke(
 
 
 def open_keys(state: Path | None) -> "Keys":
-    """The keys in a state folder. Raises MissingExtra."""
-    from dml.errors import MissingExtra
+    """The keys in a state folder. Raises MissingExtra, UsageError for what is no folder."""
+    from dml.errors import MissingExtra, UsageError
 
+    if state is not None and state.exists() and not state.is_dir():
+        raise UsageError(f"--state names a folder, and {state} is a file. Name the folder that it lies in.")
     try:
         import fastapi  # noqa: F401  (only to say early what is missing)
         import limits  # noqa: F401

@@ -62,7 +62,7 @@ def machine() -> dict[str, Any]:
         "processors": processors,
         "threads": os.environ.get("OMP_NUM_THREADS", str(processors)),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
