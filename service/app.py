@@ -81,7 +81,7 @@ def create_app(
         yield
         await asyncio.shield(loading)  # a half-loaded engine cannot be closed; loading ends by itself
         if fetcher is not None:
-            await fetcher.close()
+            fetcher.close()
         pool.close()
         watch.close()
         memory.close()

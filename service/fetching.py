@@ -1,16 +1,18 @@
 """Pictures behind addresses, opened for clients: from the hosts of `service.reach`, and from no others.
 
 A name is resolved once, by us, and that address is the one connected to: no second answer of a name server
-can lead elsewhere. Redirections are not followed. No credentials, cookies or proxies of this process go
-along; what comes is bytes for the picture decoder, with the same limits as an upload, and of the answer
+can lead elsewhere. Every picture has a connection of its own, so none is used for what another host was asked
+for. Redirections are not followed. No credentials, cookies or proxies of this process go along; what comes is
+bytes for the picture decoder, within the size of one upload for all pictures of a request, and of the answer
 itself clients are told the status alone.
 """
 
 import asyncio
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, cast
 
 import httpcore
@@ -23,8 +25,14 @@ from service.reach import DEFAULT_PORTS, AllowedHost, may_connect
 from service.settings import Settings
 
 POINTER = "query.image_url"
-MOST_AT_ONCE = 16
-"""Addresses open at the same moment; as many again may wait for a turn."""
+MOST_OPEN = 16
+"""Addresses open at the same moment."""
+MOST_ASKED = 64
+"""Addresses open and waiting for a turn, of all requests; more are answered 503."""
+CONNECT_SECONDS = 2.0
+"""A name may lead to several addresses. One that does not answer by then makes way for the next."""
+NAME_THREADS = 8
+"""Threads that wait for name servers: of their own, so that a slow one holds up nothing else."""
 SHOWN = 200  # characters of an address that are repeated in an answer
 
 
@@ -33,10 +41,16 @@ class RefusedAddress(httpcore.ConnectError):
 
 
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Connections to hosts on the list: each name is resolved here, once, and what it leads to is checked."""
+    """Connections to hosts on the list: each name is resolved here, once, and what it leads to is checked.
 
-    def __init__(self, allowed: Sequence[AllowedHost]) -> None:
-        self._exact = {entry.name for entry in allowed if not entry.below}
+    Args:
+        allowed: the list.
+        names: threads that resolve names.
+    """
+
+    def __init__(self, allowed: Sequence[AllowedHost], names: ThreadPoolExecutor) -> None:
+        self._exact = [entry for entry in allowed if not entry.below]
+        self._names = names
         self._plain = cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
 
     async def connect_tcp(
@@ -47,25 +61,50 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
+        resolve = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
+            found = await asyncio.get_running_loop().run_in_executor(self._names, resolve)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a label that is empty or too long
             raise httpcore.ConnectError(str(error)) from None
+        public_only = not any(
+            entry.names(host) and port in ([entry.port] if entry.port else DEFAULT_PORTS.values())
+            for entry in self._exact
+        )
         known = [ipaddress.ip_address(entry[4][0]) for entry in found]
-        public_only = host.lower() not in self._exact
+        good = [one for one in dict.fromkeys(known) if may_connect(one, public_only=public_only)]
         last: Exception = RefusedAddress(host)
-        for address in dict.fromkeys(known):
-            if may_connect(address, public_only=public_only):
-                try:
-                    return await self._plain.connect_tcp(
-                        str(address), port, timeout, local_address, socket_options
-                    )
-                except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                    last = error
+        for place, address in enumerate(good):
+            patience = timeout if place == len(good) - 1 else CONNECT_SECONDS
+            try:
+                return await self._plain.connect_tcp(
+                    str(address), port, patience, local_address, socket_options
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                last = error
         raise last
 
     async def sleep(self, seconds: float) -> None:
         await self._plain.sleep(seconds)
+
+
+class Room:
+    """The bytes that the pictures of one request may have together."""
+
+    def __init__(self, most: int) -> None:
+        self.most = self.left = most
+
+    def take(self, count: int) -> None:
+        """Raises Problem when that is more than is left."""
+        self.left -= count
+        if self.left < 0:
+            raise self.too_large("more")
+
+    def too_large(self, given: str) -> Problem:
+        return Problem(
+            "image-too-large",
+            f"{POINTER}: the pictures of a request may have {self.most:,} bytes here; this has {given}.",
+            limit=self.most,
+        )
 
 
 class Fetcher:
@@ -78,42 +117,54 @@ class Fetcher:
     def __init__(self, settings: Settings) -> None:
         self._allowed = [AllowedHost.parse(host) for host in settings.fetch_hosts]
         self._seconds, self._most = settings.fetch_seconds, settings.max_body_bytes
-        self._pool: httpcore.AsyncConnectionPool | None = None
-        self._open = 0
+        self._names = ThreadPoolExecutor(NAME_THREADS, thread_name_prefix="dml-names")
+        self._network = CheckedNetwork(self._allowed, self._names)
+        self._trusted = httpcore.default_ssl_context()
+        self._turns = asyncio.Semaphore(MOST_OPEN)
+        self._asked = 0
 
-    async def fetch(self, url: str) -> bytes:
-        """The bytes that an address answers with.
+    async def fetch(self, urls: Sequence[str]) -> list[bytes | Problem]:
+        """What the addresses of one request answer with, side by side; or why nothing came.
+
+        The problems are "url-fetch-disabled" where the host is not on the list, "invalid-request" for what is
+        no address of http or https, "image-too-large", and "fetch-failed" where nothing came in time.
 
         Raises:
-            Problem: "url-fetch-disabled" where its host is not on the list, "invalid-request" for what is no
-                address of http or https, "image-too-large", "fetch-failed" where nothing came in time.
-            QueueFull: too many addresses are open.
+            QueueFull: too many addresses are asked for already.
         """
-        target = self._checked(url)
-        if self._open >= 2 * MOST_AT_ONCE:
-            raise QueueFull(f"{self._open} addresses are already being opened; try again in a moment")
-        self._open += 1
+        if self._asked + len(urls) > MOST_ASKED:
+            raise QueueFull(f"{self._asked} addresses are already being opened; try again in a moment")
+        self._asked += len(urls)
         try:
-            async with asyncio.timeout(self._seconds):
-                return await self._read(target)
-        except TimeoutError:
-            raise self._failed(f"it did not come whole within {self._seconds:g} s") from None
-        except RefusedAddress:
-            raise self._failed("its host leads to an address that this service does not connect to") from None
-        except httpcore.ConnectError:
-            raise self._failed("its host could not be reached") from None
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException):
-            raise self._failed("the connection broke, or what came was no HTTP answer") from None
+            room = Room(self._most)
+            return await asyncio.gather(*(self._fetched(url, room) for url in urls))
         finally:
-            self._open -= 1
+            self._asked -= len(urls)
+
+    async def _fetched(self, url: str, room: Room) -> bytes | Problem:
+        try:
+            target = self._checked(url)
+            async with asyncio.timeout(self._seconds), self._turns:
+                return await self._read(target, room)
+        except Problem as problem:
+            return problem
+        except TimeoutError:
+            return failed(f"it did not come whole within {self._seconds:g} s")
+        except RefusedAddress:
+            return failed("its host leads to an address that this service does not connect to")
+        except (httpcore.ConnectError, httpcore.ConnectTimeout):
+            return failed("its host could not be reached")
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException):
+            return failed("the connection broke, or what came was no HTTP answer")
 
     def _checked(self, url: str) -> httpcore.URL:
+        """The address in parts. Raises Problem."""
         try:
             parsed = httpx.URL(url)
         except (httpx.InvalidURL, ValueError):
             parsed = httpx.URL()
         host = parsed.raw_host.decode("ascii").lower().removesuffix(".")
-        if parsed.scheme not in DEFAULT_PORTS or not host or parsed.userinfo:
+        if parsed.scheme not in DEFAULT_PORTS or not host or "%" in host or parsed.userinfo:
             detail = f'must be an address of http or https without credentials, got "{url[:SHOWN]}"'
             raise invalid("/query/image_url", detail)
         port = parsed.port or DEFAULT_PORTS[parsed.scheme]
@@ -125,56 +176,41 @@ class Fetcher:
             )
         return httpcore.URL(scheme=parsed.scheme, host=host, port=port, target=parsed.raw_path)
 
-    async def _read(self, target: httpcore.URL) -> bytes:
-        async with self._answered(target) as answer:
-            if not 200 <= answer.status < 300:
-                also = "; redirections are not followed" if 300 <= answer.status < 400 else ""
-                raise self._failed(f"its host answered {answer.status}{also}")
-            declared = {name.lower(): value for name, value in answer.headers}.get(b"content-length", b"")
-            if declared.isdigit() and int(declared[:20]) > self._most:
-                raise self._too_large(f"{int(declared[:20]):,} bytes")
-            parts, size = [], 0
-            async for part in answer.aiter_stream():
-                size += len(part)
-                if size > self._most:
-                    raise self._too_large("more")
-                parts.append(part)
-            return b"".join(parts)
-
-    @asynccontextmanager
-    async def _answered(self, target: httpcore.URL) -> AsyncIterator[httpcore.Response]:
-        if self._pool is None:
-            self._pool = httpcore.AsyncConnectionPool(
-                ssl_context=httpcore.default_ssl_context(),
-                max_connections=MOST_AT_ONCE,
-                keepalive_expiry=15,
-                network_backend=CheckedNetwork(self._allowed),
-            )
+    async def _read(self, target: httpcore.URL, room: Room) -> bytes:
+        """Raises Problem, and httpcore's errors."""
         headers = [
-            ("Host", target_host(target)),
+            ("Host", host_of(target)),
             ("User-Agent", f"dml/{__version__}"),
             ("Accept", "image/*"),
             ("Accept-Encoding", "identity"),  # a body that unpacks has no size before it is unpacked
+            ("Connection", "close"),
         ]
-        async with self._pool.stream("GET", target, headers=headers) as answer:
-            yield answer
-
-    def _failed(self, why: str) -> Problem:
-        return Problem("fetch-failed", f"{POINTER}: no picture came from this address: {why}.")
-
-    def _too_large(self, given: str) -> Problem:
-        return Problem(
-            "image-too-large",
-            f"{POINTER}: a picture may have {self._most:,} bytes here; this one has {given}.",
-            limit=self._most,
+        connection = httpcore.AsyncHTTPConnection(
+            target.origin, ssl_context=self._trusted, network_backend=self._network
         )
+        async with connection, connection.stream("GET", target, headers=headers) as answer:
+            if not 200 <= answer.status < 300:
+                also = "; redirections are not followed" if 300 <= answer.status < 400 else ""
+                raise failed(f"its host answered {answer.status}{also}")
+            declared = {name.lower(): value for name, value in answer.headers}.get(b"content-length", b"")
+            if declared.isdigit() and int(declared[:20]) > room.left:
+                raise room.too_large(f"{int(declared[:20]):,} bytes")
+            parts = []
+            async for part in answer.aiter_stream():
+                room.take(len(part))
+                parts.append(part)
+            return b"".join(parts)
 
-    async def close(self) -> None:
-        if self._pool is not None:
-            await self._pool.aclose()
+    def close(self) -> None:
+        """Let go of the threads; who waits for a name server is not waited for."""
+        self._names.shutdown(wait=False, cancel_futures=True)
 
 
-def target_host(target: httpcore.URL) -> str:
+def failed(why: str) -> Problem:
+    return Problem("fetch-failed", f"{POINTER}: no picture came from this address: {why}.")
+
+
+def host_of(target: httpcore.URL) -> str:
     """The Host header for an address."""
     host = target.host.decode("ascii")
     host = f"[{host}]" if ":" in host else host

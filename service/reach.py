@@ -2,9 +2,9 @@
 
 A service that opens whatever address it is given lends strangers its place in the network (server-side
 request forgery): the metadata service of a cloud, databases and consoles that trust their neighbours. So only
-hosts on the list are asked, on the ports given there; and addresses of the link (169.254.169.254 among them),
-multicast and unspecified ones are never connected to. For a pattern such as `*.example.org`, whose names the
-operator has not seen, only addresses of the public internet are.
+hosts on the list are asked, on the ports given there; and addresses of the link, multicast ones, and those at
+which clouds answer to their own machines are never connected to. For a pattern such as `*.example.org`, whose
+names the operator has not seen, only addresses of the public internet are.
 """
 
 import ipaddress
@@ -14,7 +14,27 @@ from dml.errors import ConfigError
 from service.hosts import check_name
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+
+CLOUDS = frozenset(
+    map(ipaddress.ip_address, ("168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254"))
+)
+"""Where clouds answer to their own machines, besides 169.254.169.254, which is an address of the link."""
+
+PROTOCOLS = ipaddress.ip_network("192.0.0.0/24")
+"""Kept for protocols; some of it counts as global."""
+
+UNICAST = ipaddress.ip_network("2000::/3")
+"""All of IPv6 that is given out for the public internet."""
+
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""What networks of IPv6 alone reach IPv4 through."""
+
+WITH_IPV4 = (
+    *map(ipaddress.ip_network, ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b:1::/96")),
+    NAT64,
+)
+"""IPv6 whose last 32 bits are an IPv4 address: compatible, mapped, translated, and behind a NAT64."""
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -65,8 +85,13 @@ class AllowedHost:
 
     def takes(self, scheme: str, host: str, port: int) -> bool:
         """Whether an address of this scheme, host (lower case) and port is on the list by this entry."""
-        named = host.endswith("." + self.name) if self.below else host == self.name
-        return named and port == (DEFAULT_PORTS[scheme] if self.port is None else self.port)
+        return self.names(host) and port == (DEFAULT_PORTS[scheme] if self.port is None else self.port)
+
+    def names(self, host: str) -> bool:
+        """Whether this is the name, or one that the pattern stands for. A pattern stands for no address."""
+        if not self.below:
+            return host == self.name
+        return host.endswith("." + self.name) and not (set("%:") & set(host) or is_address(host))
 
 
 def is_address(name: str) -> bool:
@@ -79,14 +104,26 @@ def is_address(name: str) -> bool:
 
 def may_connect(address: Address, *, public_only: bool) -> bool:
     """Whether a connection to this address may be opened, whatever name led to it."""
-    inside = getattr(address, "ipv4_mapped", None)
-    if inside is not None:
-        return may_connect(inside, public_only=public_only)
-    if address.is_link_local or address.is_multicast or address.is_unspecified:
+    if address.is_link_local or address.is_multicast or address.is_unspecified or address in CLOUDS:
+        return False
+    inner = within(address)
+    if inner is not None and not address.is_loopback and not may_connect(inner, public_only=public_only):
         return False
     if not public_only:
         return True
-    tunnelled = isinstance(address, ipaddress.IPv6Address) and (
-        address.sixtofour is not None or address.teredo is not None or address in NAT64
-    )
-    return address.is_global and not tunnelled
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and address not in PROTOCOLS
+    if address.ipv4_mapped is not None or address in NAT64:
+        return True  # what is within was looked at
+    return address in UNICAST and address.is_global and inner is None
+
+
+def within(address: Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 one stands for, or leads to through a tunnel."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address.teredo is not None:
+        return address.teredo[1]
+    if any(address in network for network in WITH_IPV4):
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.sixtofour

@@ -160,4 +160,6 @@ def test_a_result_tells_the_command_that_made_it_without_anybody_s_folders(tmp_p
         "x.json",
     ]
     assert command_of(given) == "python -m eval.speed search --vectors photos.npy --only 'dml PQ'"
+    given = ["service", "--profiles", "fused/openvino-bf16", "--data=/home/me/photos", "--out=x.json"]
+    assert command_of(given) == "python -m eval.speed service --profiles fused/openvino-bf16 --data photos"
     assert speed_section(tmp_path) == ""

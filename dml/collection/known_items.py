@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable
 from json.decoder import JSONDecoder
+from sys import getsizeof
 from typing import Any, NamedTuple
 
 from dml.collection import catalog as sql
@@ -28,9 +29,9 @@ twice as long."""
 class Known(NamedTuple):
     """What an item is made of anew each time: whoever changes a payload that was shown changes only that."""
 
-    item: Item
+    item: Item  # without its payload, where that is nested
     lists: tuple[str, ...]  # fields of its payload that are lists, of what cannot change
-    text: str | None  # the payload as JSON, where it is nested deeper
+    text: str | None  # the payload as JSON, where it is nested
     size: int  # bytes
 
 
@@ -122,6 +123,8 @@ def known_of(item: Item, text: str) -> Known:
         or (isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value))
         for _, value in fields
     )
-    lists = () if deep else tuple(name for name, value in fields if isinstance(value, list))
-    size = len(item.id) + PAYLOAD_TIMES * len(text) + OVERHEAD
-    return Known(item, lists, text if deep else None, size)
+    taken = OVERHEAD + len(item.id)
+    if deep:
+        return Known(item._replace(payload={}), (), text, taken + getsizeof(text))
+    lists = tuple(name for name, value in fields if isinstance(value, list))
+    return Known(item, lists, None, taken + PAYLOAD_TIMES * len(text))

@@ -30,6 +30,8 @@ from eval.speed import race
 
 TABLES = ("losses", "bank", "statistics", "metrics", "memory", "ingest", "filters", "search", "embeddings")
 TABLES = (*TABLES, "service")
+FILES = ("--vectors", "--data", "--encoder", "--autofaiss")
+LEFT_OUT = ("--out", "--keep")
 REPEATS = {"losses": 7, "bank": 3, "statistics": 5, "metrics": 5, "memory": 1, "ingest": 3} | {
     "filters": 200,
     "search": 7,
@@ -59,17 +61,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command_of(arguments: Sequence[str]) -> str:
     """The command line as others would write it: without where its results went, and files by their names."""
-    shown, left_out = [], False
-    for word in arguments:
-        if left_out or word in ("--out", "--keep"):
-            left_out = not left_out
-        else:
-            shown.append(Path(word).name if "/" in word else word)
+    shown: list[str] = []
+    option = ""
+    for word in (part for given in arguments for part in split_option(given)):
+        if word.startswith("--"):
+            option = word
+        if option not in LEFT_OUT:
+            shown.append(Path(word).name if option in FILES and word != option else word)
     return shlex.join(["python", "-m", "eval.speed", *shown])
 
 
+def split_option(word: str) -> list[str]:
+    """ "--name=value" as two words."""
+    return word.split("=", 1) if word.startswith("--") else [word]
+
+
 def parser() -> argparse.ArgumentParser:
-    usage = argparse.ArgumentParser(prog="python -m eval.speed", description=(__doc__ or "").split("\n")[0])
+    usage = argparse.ArgumentParser(
+        prog="python -m eval.speed", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
     usage.add_argument("what", choices=TABLES)
     usage.add_argument("--batch", type=int, nargs="+", help="losses, bank: anchors (several for losses)")
     usage.add_argument("--rows", type=int, nargs="+", help="vectors; bank: remembered, 0: the batch itself")

@@ -342,7 +342,8 @@ def running(command: Sequence[str], *, name: str, path: str, upload: Path) -> It
                 process.wait(START_SECONDS)
                 errors.seek(0)
                 said = [text for text in errors.read().splitlines() if text.strip()]
-                raise CannotStart(" ".join(said[-3:]) or f"{name} ended with {process.returncode}")
+                why = [text.removeprefix("error: ") for text in said if text.startswith("error: ")]
+                raise CannotStart(" ".join(why or said[-3:]) or f"{name} ended with {process.returncode}")
             found = upload_all(address[1], path, [upload], clients=1)
             if found["errors"]:
                 raise CannotStart(f"{name} answers with {found['errors']}")

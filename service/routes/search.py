@@ -1,6 +1,5 @@
 """What looks like this?"""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,8 +52,8 @@ async def search(request: Request, engine: Ready, settings: Limits, name: Name) 
     """The items nearest to a picture (base64, or its address), an item or a vector."""
     engine.collection(name)
     asked = await read_json(request, SearchRequest)
-    [image] = await fetched(request, [asked])
-    if isinstance(image, Exception):
+    [image] = await fetched(request, [asked], settings)
+    if isinstance(image, Problem):
         raise image
     found = await in_thread(
         request, lambda: engine.search(name, to_search(asked, asked.query, settings, image=image))
@@ -92,12 +91,12 @@ async def search_batch(request: Request, engine: Ready, settings: Limits, name: 
             "/searches", f"has {len(asked.searches)} entries; at most {settings.max_searches} are allowed"
         )
 
-    images = await fetched(request, asked.searches)
+    images = await fetched(request, asked.searches, settings)
 
     def one(position: int, entry: SearchRequest) -> dict[str, Any]:
         try:
             image = images[position]
-            if isinstance(image, Exception):
+            if isinstance(image, Problem):
                 raise image
             wanted = to_search(entry, entry.query, settings, image=image)
             return search_answer(engine.search(name, wanted), entry)
@@ -136,31 +135,38 @@ async def similar(
     return reply(await in_thread(request, lambda: engine.search(name, wanted)), asked)
 
 
-async def fetched(request: Request, searches: Sequence[SearchRequest]) -> list[bytes | Exception | None]:
-    """The pictures of the queries that name an address, side by side.
+async def fetched(
+    request: Request, searches: Sequence[SearchRequest], settings: Settings
+) -> list[bytes | Problem | None]:
+    """The pictures of the queries that name an address, or why there is none; None where there is no address.
 
-    In place of one that does not come stands its Problem or QueueFull; None where there is no address.
+    Nothing is opened for a query that would be refused anyway.
+
+    Raises:
+        QueueFull: too many addresses are asked for already.
     """
+    found: list[bytes | Problem | None] = [None] * len(searches)
+    wanted: dict[int, str] = {}
+    for place, entry in enumerate(searches):
+        url = entry.query.image_url
+        if url is not None:
+            try:
+                to_search(entry, entry.query, settings)
+                wanted[place] = url
+            except Problem as problem:
+                found[place] = problem
+    if not wanted:
+        return found
     fetcher: Fetcher | None = request.app.state.fetcher
-
-    async def one(url: str | None) -> bytes | Exception | None:
-        try:
-            if url is None:
-                return None
-            if fetcher is None:
-                raise Problem(
-                    "url-fetch-disabled",
-                    "query.image_url: this service opens no addresses; send the picture itself.",
-                )
-            return await fetcher.fetch(url)
-        except Exception as error:
-            return error
-
-    addresses = [entry.query.image_url for entry in searches]
-    if all(url is None for url in addresses):
-        return [None] * len(addresses)
-    with stage("fetch"):
-        return await asyncio.gather(*map(one, addresses))
+    if fetcher is None:
+        disabled = "query.image_url: this service opens no addresses; send the picture itself."
+        pictures: Sequence[bytes | Problem] = [Problem("url-fetch-disabled", disabled)] * len(wanted)
+    else:
+        with stage("fetch"):
+            pictures = await fetcher.fetch(list(wanted.values()))
+    for place, picture in zip(wanted, pictures, strict=True):
+        found[place] = picture
+    return found
 
 
 def to_search(
