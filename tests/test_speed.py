@@ -75,6 +75,9 @@ class TestTables:
         assert all(rows[name]["gradient differs"] < losses.TOLERANCE for name in bank.THEIRS)
         assert all(row["seconds"] > 0 for row in rows.values())
         assert {row["name"] for row in itself["rows of table"]} == {bank.LIMIT, *bank.OURS}
+        arguments = ["bank", "--rows", "0", "--batch", "16", "--dim", "8", "--only", "CBML"]
+        [few] = run(tmp_path, capsys, *arguments)[0]["sizes"]
+        assert [row["name"] for row in few["rows of table"]] == [bank.LIMIT, "dml CBML"]
         assert "32 anchors x 256 candidates" in printed
 
     def test_class_statistics_and_their_share_of_a_step(self, tmp_path, capsys):

@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     usage.add_argument("--classes", type=int, default=100, help="statistics: number of classes")
     usage.add_argument("--repeats", type=int, default=0, help="turns of every contender; 0: the table's own")
     usage.add_argument("--threads", type=int, default=0, help="of every contender; 0: their own choice")
-    usage.add_argument("--only", nargs="+", default=[], help="losses, search: parts of names")
+    usage.add_argument("--only", nargs="+", default=[], help="losses, bank, search: parts of names")
     usage.add_argument("--loop", action="store_true", help="losses, metrics: also plain loops, for context")
     usage.add_argument("--compile", action="store_true", help="losses: also torch.compile of the plain form")
     usage.add_argument("--trunk", help="statistics: whose training step; ingest: of an untrained encoder")
@@ -153,6 +153,7 @@ def bank(args: argparse.Namespace) -> dict[str, Any]:
         repeats=args.repeats,
         patience=args.patience,
         memory_limit=args.limit_gib or 8,
+        only=args.only,
         say=say,
     )
 

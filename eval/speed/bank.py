@@ -120,9 +120,13 @@ def speed_of_bank(
     repeats: int,
     patience: float = 120,
     memory_limit: float = 8,
+    only: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The table of memories; 0 rows: the batch against itself.
+
+    Args:
+        only: parts of names that are raced against the limit; none: all.
 
     Raises:
         Disagreement: a contender computes something else than ours.
@@ -132,7 +136,8 @@ def speed_of_bank(
     for count in rows:
         case = BankCase(min(batch, count) if count else batch, count, dim)
         installed = importlib.util.find_spec("pytorch_metric_learning") is not None
-        names = [LIMIT, *OURS, *(THEIRS if installed and count else ())]
+        names = [*OURS, *(THEIRS if installed and count else ())]
+        names = [LIMIT, *(name for name in names if not only or any(part in name for part in only))]
         say(f"{case.batch:,} anchors, {count:,} remembered rows")
         found.append(
             vars(case)
