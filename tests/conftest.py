@@ -1,9 +1,11 @@
 """Fixtures that every test file may use: small drawn pictures, a folder of them, an encoder."""
 
+import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,21 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("state")
     os.environ["DML_STATE"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def logs_as_they_were() -> Iterator[None]:
+    """What a file's tests set of this process's logs, as a service does, is gone for those of the next."""
+    names = ("dml", "service", "eval", "uvicorn", "uvicorn.error")
+    levels = {name: logging.getLogger(name).level for name in names}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    logs = sys.modules.get("service.logs")
+    if logs is not None:
+        root = logging.getLogger()
+        root.handlers[:] = [handler for handler in root.handlers if not isinstance(handler, logs.Bridge)]
+        sys.modules["structlog"].reset_defaults()
 
 
 @pytest.fixture(scope="session")
