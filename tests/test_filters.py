@@ -4,7 +4,7 @@ import json
 import sqlite3
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dml.collection.filters import (
@@ -321,6 +321,8 @@ def test_python_and_sqlite_agree_on_random_payloads_and_trees(scale):
 def test_every_value_of_a_payload_is_found_by_itself(scale):
     @settings(max_examples=100 * scale, deadline=None)
     @given(st.lists(SCALARS, min_size=1, max_size=5))
+    @example([4.6698086128793073e-296])
+    @example([10**300, -(10**30), 2**63, -(2**63), 0.1])
     def found(values):
         table = Table([{"v": v} for v in values])
         for number, wanted in enumerate(values):

@@ -84,10 +84,11 @@ class _Compiler:
     # Values
 
     def number(self, value: float) -> str:
-        """A number; a float goes as text, so that SQLite reads it as it reads the payload's."""
+        """A number; a float goes as JSON, so that SQLite reads it as it reads the payload's: what it makes of
+        the same digits in a text may differ in the last bit."""
         if isinstance(value, int) and -INT64 <= value < INT64:
             return self.bind(value)
-        return f"CAST({self.bind(json.dumps(value))} AS REAL)"
+        return f"json_extract({self.bind(json.dumps(value))}, '$')"
 
     def listed(self, values: Sequence[Scalar]) -> str:
         return f"(SELECT value FROM json_each({self.bind(json.dumps(values, ensure_ascii=False))}))"
