@@ -149,7 +149,7 @@ async def _load(
 def _fetcher(settings: Settings) -> "Fetcher | None":
     if not settings.fetch_hosts:
         return None
-    from service.fetching import Fetcher  # an HTTP client: a tenth of the start, for those who use it
+    from service.fetching import Fetcher  # an HTTP client, for those alone who use it
 
     return Fetcher(settings)
 

@@ -67,8 +67,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         except (OSError, UnicodeError) as error:  # UnicodeError: a label that is empty or too long
             raise httpcore.ConnectError(str(error)) from None
         public_only = not any(
-            entry.names(host) and port in ([entry.port] if entry.port else DEFAULT_PORTS.values())
-            for entry in self._exact
+            entry.takes(scheme, host, port) for entry in self._exact for scheme in DEFAULT_PORTS
         )
         known = [ipaddress.ip_address(entry[4][0]) for entry in found]
         good = [one for one in dict.fromkeys(known) if may_connect(one, public_only=public_only)]
