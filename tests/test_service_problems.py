@@ -132,11 +132,11 @@ def bomb(side: int) -> bytes:
 
 
 def test_a_decompression_bomb_is_refused_unopened(http):
-    data = bomb(20_000)
+    data = bomb(40_000)
     assert len(data) < LIMIT
     started = time.monotonic()
     assert_problem(upload(http, data), 413, "decompression-bomb")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10, "opening it takes longer, and 1.6 GB"
 
 
 # Bodies

@@ -91,8 +91,8 @@ def main() -> None:
     try:
         app()
     except DmlError as error:
-        typer.secho("error: ", nl=False, err=True, fg=typer.colors.RED, bold=True)
-        typer.echo(str(error), err=True)
+        # One write, so that the lines of another process on the same terminal cannot come in between.
+        typer.echo(typer.style("error: ", fg=typer.colors.RED, bold=True) + str(error), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
