@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dml.losses import ContrastiveBayesianLoss, ContrastiveLoss, MultiSimilarityLoss, TripletLoss, kernel
+from dml.losses.pairs import Relations
 
 LOSSES = {
     "multi_similarity": MultiSimilarityLoss(),
@@ -54,13 +55,21 @@ MINED = {
 
 
 @every_loss
+@pytest.mark.parametrize("few", [0, 1], ids=["counted before", "apart"])
+@pytest.mark.parametrize(("height", "panel"), [(1, 2), (2, 1), (2, 5)])
 @pytest.mark.parametrize("mined", [None, "pairs", "triplets"])
-def test_blocks_of_two_anchors_give_what_one_block_gives(loss, mined, request):
+def test_blocks_give_what_one_block_gives(loss, mined, height, panel, few, monkeypatch):
     chosen = MINED[mined] if mined else None
     whole = numbers(9, 6)
     expected = loss(whole, LABELS, chosen)
     (gradient,) = torch.autograd.grad(expected, whole)
-    request.getfixturevalue("two_anchors_at_a_time")
+    row = 9 + 8 * 3  # candidates, and eight numbers for each that shares a label with the anchor
+    monkeypatch.setattr(kernel, "BLOCK", {"cpu": height * row, "cuda": height * row})
+    monkeypatch.setattr(kernel, "ANCHORS", panel)
+    monkeypatch.setattr(kernel, "FEW", few)
+    heights = [len(block) for block in blocks_of(whole)]
+    assert max(heights) == height
+    assert len(list(blocks_of(whole).panels())) == -(-9 // max(height, panel))
     value = loss(whole, LABELS, chosen)
     (by_blocks,) = torch.autograd.grad(value, whole)
     assert gradient.any()
@@ -68,17 +77,25 @@ def test_blocks_of_two_anchors_give_what_one_block_gives(loss, mined, request):
     torch.testing.assert_close(by_blocks, gradient, rtol=1e-10, atol=1e-13)
 
 
+def blocks_of(rows: Tensor) -> kernel.Blocks:
+    """The batch against itself."""
+    return kernel.Blocks(rows.detach(), [rows.detach()], Relations(LABELS, None, None, None), None)
+
+
 @every_loss
-@pytest.mark.parametrize("height", [1, 4, 1000])
-def test_candidates_in_parts_give_what_they_give_as_one(loss, height, monkeypatch):
+@pytest.mark.parametrize("few", [0, 1], ids=["counted before", "apart"])
+@pytest.mark.parametrize("panel", [1, 4, 1000])
+def test_candidates_in_parts_give_what_they_give_as_one(loss, panel, few, monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", {"cpu": 1, "cuda": 1})
-    monkeypatch.setattr(kernel, "ANCHORS", height)
+    monkeypatch.setattr(kernel, "ANCHORS", panel)
+    monkeypatch.setattr(kernel, "FEW", few)
     rows, made, bank = numbers(9, 6), numbers(18, 6, seed=1), numbers(30, 6, seed=2).detach()
     labels = torch.cat([LABELS, LABELS, LABELS, torch.arange(30) % 5])
     ids = torch.arange(9)
     given = {"ids": ids, "ref_ids": torch.cat([ids, ids, ids, torch.arange(30)])}
     expected = loss(rows, LABELS, None, torch.cat([rows, made, bank]), labels, **given)
     gradients = torch.autograd.grad(expected, (rows, made))
+    monkeypatch.setattr(kernel, "FEW", 1 - few)
     value = loss(rows, LABELS, None, (rows, made, bank), labels, **given)
     in_parts = torch.autograd.grad(value, (rows, made))
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dml.losses.kernel import Block, Blocks, Charge, PairLoss, distance, distance_slope
+from dml.losses.kernel import Apart, Block, Blocks, Charge, PairLoss, distance, distance_slope
 from dml.losses.pairs import Padded
 
 
@@ -65,26 +65,31 @@ class ContrastiveLoss(PairLoss):
         self.measure, self.average = measure, average
 
     def prepare(self, blocks: Blocks) -> tuple[int, int] | None:
-        """How many pulls and pushes are active; None: that does not matter, or one block will tell."""
-        if self.average == "anchors" or blocks.single:
+        """How many pulls and pushes are active; None: that does not matter, or need not be known before."""
+        if self.average == "anchors" or blocks.single or blocks.few_positives:
             return None
         pulls = pushes = 0
         for block in blocks:
             near, far = pairs_of(block)
             pulls += int(self.pull(block.similarity[near])[1].count_nonzero())
             other = block.hide_others() if far is None else block.similarity[far]
-            pushes += int((other > self.farthest).count_nonzero())
+            pushes += int(self.active(other))
         return pulls, pushes
 
     def charge(self, block: Block, known: tuple[int, int] | None) -> Charge:
         near, far = pairs_of(block)
         pulls, pull_slopes = self.pull(block.similarity[near])
         other = block.hide_others() if far is None else block.similarity[far]
+        if self.average == "active" and known is None and not block.single:
+            active = self.active(other)
+            return Charge(
+                self.push_(other), active, Apart(near, pull_slopes, pulls.sum(), pull_slopes.count_nonzero())
+            )
         pull_weight = push_weight = 1.0
         if self.average == "active":
-            active = known or (int(pull_slopes.count_nonzero()), int((other > self.farthest).count_nonzero()))
+            counts = known or (int(pull_slopes.count_nonzero()), int(self.active(other)))
             # Dividing by the batch size, as for "anchors", then gives the mean of the active.
-            pull_weight, push_weight = (block.batch / max(count, 1) for count in active)
+            pull_weight, push_weight = (block.batch / max(count, 1) for count in counts)
         pushes = self.push_(other)
         if far is not None:
             block.similarity.zero_().index_put_(far, other.mul_(push_weight), accumulate=True)
@@ -92,6 +97,10 @@ class ContrastiveLoss(PairLoss):
             other.mul_(push_weight)
         block.similarity.index_put_(near, pull_slopes * pull_weight, accumulate=True)
         return Charge(pulls.sum() * pull_weight + pushes * push_weight, len(block))
+
+    def active(self, similarity: Tensor) -> Tensor:
+        """() how many negatives are charged."""
+        return (similarity > self.farthest).count_nonzero()
 
     @property
     def farthest(self) -> float:
@@ -120,8 +129,9 @@ class ContrastiveLoss(PairLoss):
         d = squared.sqrt_().clamp_max_(margin)
         # In float64 what is not charged cancels to the last digit.
         total = margin * d.numel() - d.sum(dtype=torch.float64)
-        d.masked_fill_(d >= margin, float("inf"))
-        functional.threshold(d, 0, float("inf"), inplace=True).reciprocal_()
+        # 1 / d, and 0 where d is 0 or the margin; masks would take longer than all of this.
+        functional.threshold(d, 0, float("inf"), inplace=True).neg_()
+        functional.threshold(d, -margin, float("-inf"), inplace=True).reciprocal_().neg_()
         return total.to(s.dtype)
 
     def extra_repr(self) -> str:

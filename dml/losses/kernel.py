@@ -1,9 +1,13 @@
 """The kernel of the pair losses: similarities by blocks of anchors, gradients by hand.
 
 A pair loss is a function of the similarities S = X Yᵀ alone. Knowing G = ∂L/∂S, the gradients are two more
-products, ∂L/∂X = G Y and ∂L/∂Y = Gᵀ X. So the forward pass takes one block of anchors after the other, lets
-the loss turn their similarities into its value and, in place, into G, and adds up both products. Nothing of
-size B × N is kept for a backward pass, and no memory grows with B × N at all: the largest matrix is a block.
+products, ∂L/∂X = G Y and ∂L/∂Y = Gᵀ X. So the forward pass takes some anchors after the others, lets the loss
+turn their similarities into its value and, in place, into G, and adds up both products. Nothing of size B × N
+is kept for a backward pass, and no memory grows with B × N at all.
+
+Products want many anchors at a time, and what the loss does to the similarities between them wants few: a
+dozen passes over a matrix that no cache holds would take longer than the products. So a `Panel` of them is
+charged in blocks.
 """
 
 import math
@@ -18,18 +22,30 @@ from dml.losses.pairs import Choice, IndicesTuple, Kin, Padded, Relations, check
 
 BLOCK = {"cpu": 2**21, "cuda": 2**27}
 """Numbers in a block of similarities: on a CPU what its cache holds, on a GPU what keeps it busy."""
-ANCHORS, LARGEST_BLOCK = 256, 2**27
-"""A block has so many anchors even where it outgrows the cache, since thin products are slow; but no more
+ANCHORS, LARGEST_PANEL = 256, 2**27
+"""A panel has so many anchors even where it holds several blocks, since thin products are slow; but no more
 numbers than this."""
+FEW = 1 / 100
+"""Up to this share of positives among the candidates, adding theirs one by one beats another product."""
 TINY, HUGE = 1e-15, 1e15
 """Rows of a length beyond these are scaled first: squares of their entries would overflow or vanish."""
 
 
+class Apart(NamedTuple):
+    """Pairs whose gradient does not stand in the similarities, since they are averaged by themselves."""
+
+    pairs: tuple[Tensor, Tensor]  # (rows, columns) within the block, sorted by row
+    slopes: Tensor  # the derivative of `value` by each pair's similarity
+    value: Tensor
+    weight: Tensor | int
+
+
 class Charge(NamedTuple):
-    """What a block of anchors costs."""
+    """What a block of anchors costs: the sums over all blocks of value / weight, and the same of `apart`."""
 
     value: Tensor  # () sum over the block
     weight: Tensor | int  # what the sum over all blocks is divided by, summed over blocks too
+    apart: Apart | None = None
 
 
 class Block:
@@ -49,6 +65,11 @@ class Block:
 
     def __len__(self) -> int:
         return len(self.similarity)
+
+    @property
+    def single(self) -> bool:
+        """Whether it holds all anchors."""
+        return len(self) == self.batch
 
     @property
     def chosen(self) -> bool:
@@ -107,7 +128,7 @@ class PairLoss(nn.Module):
         returns: () float, at least 0; computed in float32 (float64 stays), also under autocast: near 1, half
             precision knows a similarity to 5e-4 at best, which a temperature of 0.01 turns into noise.
 
-    Memory: a block of similarities, a gradient of the size of each input that wants one, and a copy of each
+    Memory: a panel of similarities, a gradient of the size of each input that wants one, and a copy of each
     input that is not made of unit rows in float32 already. It does not grow with B × N.
 
     The gradient is exact, derived by hand, and computed in the forward pass; it cannot be differentiated
@@ -216,6 +237,13 @@ class UnitRows:
         return gradient.addcmul_(self.rows, along, value=-1).mul_(self.inverse * scale).to(self.given.dtype)
 
 
+class Panel(NamedTuple):
+    """The similarities of some anchors with all candidates, one product."""
+
+    similarity: Tensor  # (h, N)
+    rows: slice
+
+
 class Blocks:
     """The similarities of all anchors with all candidates, block by block; computed anew each time."""
 
@@ -228,25 +256,47 @@ class Blocks:
         # A candidate that shares a label takes some numbers of its own beside its similarity.
         row = self.width + 8 * min(relations.widest, self.width)
         budget = BLOCK.get(anchors.device.type, BLOCK["cuda"])
-        self.height = min(len(anchors), max(1, budget // row, min(ANCHORS, LARGEST_BLOCK // row)))
+        self.height = min(len(anchors), max(1, budget // row))
+        self.panel_height = min(len(anchors), max(self.height, min(ANCHORS, LARGEST_PANEL // row)))
 
     @property
     def single(self) -> bool:
         """Whether one block holds all anchors."""
         return self.height == len(self.anchors)
 
+    @property
+    def few_positives(self) -> bool:
+        """Whether no anchor has many, and no miner chose them."""
+        return self.choice is None and self.relations.widest <= FEW * self.width
+
     def __iter__(self) -> Iterator[Block]:
-        space = self.anchors.new_empty(self.height, self.width)
-        for start in range(0, len(self.anchors), self.height):
-            rows = slice(start, min(start + self.height, len(self.anchors)))
-            similarity = space[: rows.stop - start]
+        for panel in self.panels():
+            yield from self.of(panel)
+
+    def panels(self) -> Iterator[Panel]:
+        """All products, one after the other in the same memory."""
+        space = self.anchors.new_empty(self.panel_height, self.width)
+        for rows in ranges(0, len(self.anchors), self.panel_height):
+            similarity = space[: rows.stop - rows.start]
             filled = 0
             for part in self.candidates:
                 target = similarity[:, filled : filled + len(part)]
                 torch.mm(self.anchors[rows], part.T, out=target)
                 filled += len(part)
-            kin = self.relations.of(rows)
-            yield Block(similarity, rows, kin, self.choice, batch=len(self.anchors))
+            yield Panel(similarity, rows)
+
+    def of(self, panel: Panel) -> Iterator[Block]:
+        """The blocks of a panel."""
+        start, stop = panel.rows.start, panel.rows.stop
+        for rows in ranges(start, stop, self.height):
+            similarity = panel.similarity[rows.start - start : rows.stop - start]
+            yield Block(similarity, rows, self.relations.of(rows), self.choice, batch=len(self.anchors))
+
+
+def ranges(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` that cover start to stop."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 class _Compared(torch.autograd.Function):
@@ -292,47 +342,108 @@ def evaluate(
     dtype = working_type(embeddings)
     inputs = [UnitRows(given, dtype) for given in (embeddings, *parts)]
     anchors, candidates = inputs[0].rows, [unit.rows for unit in inputs[1:] or inputs]
-    sums = [torch.zeros_like(unit.rows) if want else None for unit, want in zip(inputs, wanted, strict=True)]
+    together, apart = Total(inputs, wanted), None
     blocks = Blocks(anchors, candidates, relations, choice)
     known = loss.prepare(blocks)
-    value = torch.zeros((), dtype=torch.float64, device=embeddings.device)
-    weight = torch.zeros_like(value)
-    for block in blocks:
-        charge = loss.charge(block, known)
-        value += charge.value
-        weight += charge.weight
-        if any(wanted):
-            add_products(sums, block, anchors, candidates)
-    scale = weight.clamp_min(1).reciprocal()
+    for panel in blocks.panels():
+        for block in blocks.of(panel):
+            charge = loss.charge(block, known)
+            together.count(charge.value, charge.weight)
+            if charge.apart is not None:
+                apart = apart or Total(inputs, wanted)
+                apart.count(charge.apart.value, charge.apart.weight)
+                apart.add_pairs(charge.apart, block.rows, anchors, candidates)
+        together.add_products(panel, anchors, candidates)
+    if apart is not None:
+        together.join(apart)
     gradients = [
-        None if total is None else unit.back(total, scale.to(dtype))
-        for unit, total in zip(inputs, sums, strict=True)
+        None if total is None else unit.back(total, together.scale.to(dtype))
+        for unit, total in zip(inputs, together.sums, strict=True)
     ]
-    return (value * scale).to(dtype), gradients
+    return (together.value * together.scale).to(dtype), gradients
 
 
-def add_products(
-    sums: Sequence[Tensor | None], block: Block, anchors: Tensor, candidates: Sequence[Tensor]
-) -> None:
-    """Add G Y to the anchors' gradient and Gᵀ X to the candidates', where they want one."""
-    gradient, rows = block.similarity, block.rows
-    alone = len(sums) == 1
-    if alone and sums[0] is not None:
-        if len(gradient) == len(anchors):
-            # G Y + Gᵀ X is one product where both are the batch.
-            sums[0].addmm_(gradient + gradient.T, anchors)
+class Total:
+    """Value and weight over all blocks, and the gradient of the value by each input that wants one."""
+
+    def __init__(self, inputs: Sequence[UnitRows], wanted: Sequence[bool]) -> None:
+        self.sums = [
+            torch.zeros_like(unit.rows) if want else None for unit, want in zip(inputs, wanted, strict=True)
+        ]
+        self.value, self.weight = torch.zeros(2, dtype=torch.float64, device=inputs[0].rows.device)
+
+    @property
+    def scale(self) -> Tensor:
+        """() what value and gradients are multiplied by in the end."""
+        return self.weight.clamp_min(1).reciprocal()
+
+    def count(self, value: Tensor, weight: Tensor | int) -> None:
+        """Add a block's."""
+        self.value += value
+        self.weight += weight
+
+    def add_products(self, panel: Panel, anchors: Tensor, candidates: Sequence[Tensor]) -> None:
+        """Add G Y to the anchors' gradient and Gᵀ X to the candidates', where they want one."""
+        (gradient, rows), (to_anchors, *to_parts) = panel, self.sums
+        if not to_parts and to_anchors is not None:
+            if len(gradient) == len(anchors):
+                # G Y + Gᵀ X is one product where both are the batch.
+                to_anchors.addmm_(gradient + gradient.T, anchors)
+                return
+            to_anchors[rows].addmm_(gradient, anchors)
+            to_anchors.addmm_(gradient.T, anchors[rows])
             return
-        sums[0][rows].addmm_(gradient, anchors)
-        sums[0].addmm_(gradient.T, anchors[rows])
+        filled = 0
+        for part, total in zip(candidates, to_parts, strict=False):
+            columns = gradient[:, filled : filled + len(part)]
+            filled += len(part)
+            if to_anchors is not None:
+                to_anchors[rows].addmm_(columns, part)
+            if total is not None:
+                total.addmm_(columns.T, anchors[rows])
+
+    def add_pairs(self, apart: Apart, rows: slice, anchors: Tensor, candidates: Sequence[Tensor]) -> None:
+        """As `add_products`, for pairs that are few."""
+        to_anchors, *to_parts = self.sums
+        row, column = apart.pairs
+        row = row + rows.start
+        first = 0
+        for part, total in zip(candidates, to_parts or [to_anchors], strict=True):
+            here = (column >= first) & (column < first + len(part)) if to_parts else slice(None)
+            anchor, candidate, slopes = row[here], column[here] - first, apart.slopes[here]
+            first += len(part)
+            if to_anchors is not None:
+                add_rows(to_anchors, anchor, part, candidate, slopes)
+            if total is not None:
+                order = candidate.argsort(stable=True)
+                add_rows(total, candidate[order], anchors, anchor[order], slopes[order])
+
+    def join(self, other: "Total") -> None:
+        """Become the sum of both quotients, value / weight."""
+        ratio = other.scale / self.scale
+        self.value += other.value * ratio
+        for total, more in zip(self.sums, other.sums, strict=True):
+            if total is not None and more is not None:
+                total.addcmul_(more, ratio.to(more.dtype))
+
+
+def add_rows(total: Tensor, row: Tensor, source: Tensor, column: Tensor, factor: Tensor) -> None:
+    """total[row] += factor source[column]; `row` ascending, so that equal ones are summed first."""
+    if not len(row):
         return
-    filled = 0
-    for part, total in zip(candidates, sums[1:], strict=True):
-        columns = gradient[:, filled : filled + len(part)]
-        filled += len(part)
-        if sums[0] is not None:
-            sums[0][rows].addmm_(columns, part)
-        if total is not None:
-            total.addmm_(columns.T, anchors[rows])
+    some, count = row.unique_consecutive(return_counts=True)
+    total[some] += functional.embedding_bag(
+        column, source, count.cumsum(0) - count, mode="sum", per_sample_weights=factor
+    )
+
+
+def drop_below(similarity: Tensor, floor: Tensor) -> Tensor:
+    """Overwrite what is not above its row's floor, (b,), with -inf; what stays may change in its last digit.
+
+    Three passes that compute are quicker than one that compares and one that fills.
+    """
+    low = floor.clamp_max(2)[:, None]
+    return functional.threshold(similarity.sub_(low), 0, float("-inf"), inplace=True).add_(low)
 
 
 def soft_total(similarity: Tensor, *, center: float, scale: float, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,9 +460,11 @@ def soft_total(similarity: Tensor, *, center: float, scale: float, largest: Tens
     shift = largest.clamp_min(0)
     start = -scale * center - shift
     exponents = torch.add(start[:, None], similarity, alpha=scale, out=similarity)
-    # What exp() could only give as a denormal number is nothing beside 1, and costs twenty times as much.
-    lowest = math.log(torch.finfo(similarity.dtype).tiny)
-    odds = functional.threshold(exponents, lowest, float("-inf"), inplace=True).exp_()
+    # What exp() gives as hardly a normal number is nothing beside 1. Denormal ones cost twenty times as much,
+    # and exp(-inf) three times.
+    tiny = torch.finfo(similarity.dtype).tiny
+    odds = functional.threshold(exponents, math.log(2 * tiny), math.log(2 * tiny), inplace=True).exp_()
+    functional.threshold(odds, 4 * tiny, 0, inplace=True)
     total = odds.sum(dim=1).add_((-shift).exp())
     return total.log().add_(shift), total.reciprocal_()
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dml.losses.kernel import Block, Charge, PairLoss, soft_total
+from dml.losses.kernel import Block, Charge, PairLoss, drop_below, soft_total
 from dml.losses.pairs import Padded, padded
 
 
@@ -92,7 +92,7 @@ def hard_pairs(block: Block, positives: Padded, margin: float | None) -> tuple[P
     smallest = similar.amin(dim=1) if similar.shape[1] else torch.full_like(largest, float("inf"))
     hard = positives.there & (similar - margin < largest[:, None])
     floor = smallest - margin
-    s.masked_fill_(s <= floor[:, None], float("-inf"))
+    drop_below(s, floor)
     largest = largest.masked_fill(largest <= floor, float("-inf"))
     return Padded(positives.columns, hard), similar.masked_fill_(~hard, float("inf")), largest
 
