@@ -122,6 +122,7 @@ def test_a_mistake_gets_one_clear_message_and_its_exit_code(
 
 WRITES = """
 import io, json, sys
+from dml.cli.main import main
 class Writes(io.RawIOBase):
     seen = []
 
