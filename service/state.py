@@ -17,6 +17,7 @@ owner may read it.
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ VERSION = 1
 APPLICATION_ID = 0x646D6C73  # "dmls"
 WAIT_SECONDS = 10
 """How long a writer waits for another one."""
+
+creating = threading.Lock()
 
 
 def default_folder() -> Path:
@@ -88,7 +91,7 @@ class State:
 
     def _make(self) -> None:
         """Make the file what it is to be. Raises DamagedFile, UsageError for one that is something else."""
-        self._writer.execute("PRAGMA journal_mode = WAL")
+        write_ahead(self._writer)
         with self.writing() as db:
             mark, version = (
                 db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("application_id", "user_version")
@@ -261,7 +264,8 @@ def create_private(path: Path) -> None:
     for the last and delete the log under us.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with suppress(FileExistsError):
+    # Under a lock, so that no other thread has opened the new file before this descriptor is closed.
+    with creating, suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
@@ -274,6 +278,26 @@ def connect(path: Path) -> sqlite3.Connection:
     )
     connection.execute("PRAGMA synchronous = FULL")
     return connection
+
+
+def write_ahead(connection: sqlite3.Connection) -> None:
+    """Have the file keep a write-ahead log.
+
+    Where two make the file at the same time SQLite refuses one of them at once, whatever its timeout: on its
+    way to the log it has begun to read, and one that has does not wait for a writer.
+
+    Raises:
+        sqlite3.OperationalError: "database is locked", after `WAIT_SECONDS`.
+    """
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -686,6 +686,31 @@ def test_a_reader_that_the_writer_overtakes_looks_again_and_says_nothing(create,
     assert not caplog.records
 
 
+def test_a_reader_overtaken_before_it_takes_up_an_index_brings_nothing_back(create, reopen, monkeypatch):
+    rows = unit(8, 40)
+    shop = create(index="flat")
+    shop.add(items(rows[:10]))
+    shop.merge()
+    reader = reopen(read_only=True)
+    shop.add(items(rows[10:20], start=10))
+    shop.merge()
+    take_up = reader._present.take_up
+
+    def late(state):
+        shop.delete(["i3"])
+        for n in (20, 30):  # after these merges the catalogue does not know any more that i3 was removed
+            shop.add(items(rows[n : n + 10], start=n))
+            shop.merge()
+        take_up(state)
+
+    monkeypatch.setattr(reader._present, "take_up", late)
+    reader._upkeep._adopt(lambda: False)
+    monkeypatch.undo()
+    there = {f"i{n}" for n in range(40)} - {"i3"}
+    assert set(ids_of(reader.search(rows[3][None], limit=50)[0])) == there
+    assert reader._present.state.base.sequence == shop._present.state.base.sequence
+
+
 def test_verifying_beside_a_busy_writer_finds_nothing(create, tmp_path):
     shop = create(index="flat")
     done, trouble = threading.Event(), []

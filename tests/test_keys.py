@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from dml.cli.keys import app
 from dml.errors import ConfigError, DamagedFile, StorageError, UsageError
+from service import state as state_module
 from service.keys import KEY, Key, Keys, Scope, parse_lifetime
 from service.limits import MOST_REQUESTS, Limiter, Rate, Windows
 from service.remembered import Remembered
-from service.state import FILE, Section, State, StateFile
+from service.state import APPLICATION_ID, FILE, VERSION, Section, State, StateFile
 
 DAY = timedelta(days=1)
 
@@ -238,6 +239,28 @@ def test_threads_and_processes_add_keys_side_by_side(keys):
 
 
 # The state file
+
+
+def test_whoever_opens_a_file_that_another_is_making_waits_for_it(tmp_path, monkeypatch):
+    """SQLite itself gives up at once."""
+    other = sqlite3.connect(tmp_path / FILE, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE sections (name TEXT PRIMARY KEY, version INTEGER NOT NULL)")
+    other.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    other.execute(f"PRAGMA user_version = {VERSION}")
+    other.execute("BEGIN IMMEDIATE")
+    quick = sqlite3.connect(tmp_path / FILE, timeout=100)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        quick.execute("PRAGMA journal_mode = WAL")
+    quick.close()
+    waiter = threading.Timer(0.3, other.execute, ["COMMIT"])
+    waiter.start()
+    State(tmp_path, Section("jobs", ("CREATE TABLE jobs (id TEXT)",))).close()
+    waiter.join()
+    other.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr(state_module, "WAIT_SECONDS", 0.1)
+    with pytest.raises(StorageError, match="cannot be used: database is locked"):
+        State(tmp_path)
+    other.close()
 
 
 def test_reading_makes_no_files(tmp_path):

@@ -297,9 +297,14 @@ class Present:
         return self.state
 
     def take_up(self, state: Generation) -> None:
-        """A reader's state in the writer's newer index, if it is newer than what is searched."""
+        """A reader's state in the writer's newer index, if it is newer than what is searched.
+
+        Not if the writer has merged on meanwhile and forgotten removals that this state has not seen: they
+        would come back. There is a newer index then, to be taken up instead.
+        """
         with self.lock, self.catalog.reading() as db:
-            if state.base.sequence > self.state.base.sequence:
+            horizon = sql.read_state(db)[1]
+            if state.base.sequence > self.state.base.sequence and state.sequence >= horizon:
                 self._reread_manifest()
                 self.state = replayed(db, state)
 

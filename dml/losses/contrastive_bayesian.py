@@ -170,7 +170,7 @@ class ContrastiveBayesianLoss(PairLoss):
         spread = weight * torch.linalg.vector_norm(away, dim=1).square()
         by_center = -2 * negatives * h * (mean_negative - mean_positive)
         shift = weight * (1 - h) * by_center / negatives
-        torch.addcmul(shift[:, None], away, 2 * weight[:, None], out=away)
+        away.mul_(2 * weight[:, None]).add_(shift[:, None])
         return spread, weight * h * by_center / number, block.hide_others(0, of=away)
 
     def mine(self, block: Block, positives: Padded) -> tuple[Padded, Tensor, Tensor]:
