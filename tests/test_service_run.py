@@ -367,7 +367,6 @@ def test_several_workers_answer_follow_the_writer_and_are_replaced(tmp_path):
         for _ in range(8):  # each on a connection of its own, so that both are asked
             assert httpx.post(f"{place}/count", json={}).json()["count"] == 21
         assert httpx.put(f"{place}/items/a", json={"vector": [1.0] * 48}).status_code == 403
-        os.kill(first[0], signal.SIGKILL)
         for one in first:  # after the second, only those that replaced them are left to answer
             os.kill(one, signal.SIGKILL)
             end = time.monotonic() + 60

@@ -126,8 +126,8 @@ class Upkeep:
             base = snapshots.load(db, newer_than=self._present.state.base.sequence)
             if stop():
                 raise Stopped
-            if base is None and snapshots.overtaken:
-                return  # still due: tried again at once, in a later transaction
+            if base is None and (snapshots.overtaken or not self._newer_index()):
+                return  # tried again at once if still due; or a search has taken it up meanwhile
             if base is None:
                 raise DamagedFile(f"no index in {snapshots.folder} could be read")
             state = replayed(db, Generation.of(base, self._present.manifest.dim))
