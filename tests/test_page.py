@@ -75,7 +75,7 @@ def test_an_uploaded_picture_shows_its_neighbours_with_scores(page):
     assert fills[0] == pytest.approx(1, abs=0.02)
     assert fills[8] == pytest.approx(scores[8], abs=0.03)
     assert page.locator("#query-name").inner_text() == "mine.jpg"
-    assert page.locator("#query-image").evaluate("image => image.complete && image.naturalWidth > 0")
+    page.wait_for_function("() => document.querySelector('#query-image').naturalWidth > 0")
     page.wait_for_function(
         "() => [...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth)"
     )

@@ -96,6 +96,7 @@ def shows(page, condition: str) -> None:
 def searched(page, data: bytes | None = None) -> None:
     upload(page, data or jpeg("red", 2))
     page.wait_for_selector(".score")
+    page.wait_for_function("() => document.querySelector('#query-image').naturalWidth > 0")
 
 
 def refine(page) -> None:

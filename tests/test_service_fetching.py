@@ -267,7 +267,15 @@ def test_the_pictures_of_a_request_have_the_bytes_of_one_upload_together(client,
     assert by_address(client, url).status_code == 200, "another request has room of its own"
 
 
-def test_nobody_there_is_said(tmp_path):
+def test_nobody_there_is_said(tmp_path, monkeypatch):
+    known = socket.getaddrinfo
+
+    def resolve(host: str, *arguments: object, **options: object) -> object:
+        if host.endswith(".invalid"):  # what a name server says of it, and not after how many seconds
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with serving(tmp_path, f"127.0.0.1:{port}", "no-such-host.invalid") as client:

@@ -151,7 +151,10 @@ def test_a_service_that_is_told_to_stop_answers_all_that_it_took(shop, pictures)
                     return  # the connection was closed between two requests, or there is no service any more
                 (answered if found.status_code == 201 else wrong).append(f"t{number}-{turn}")
 
+    log: list[str] = []
     with serving(str(shop)) as (process, address):
+        reader = threading.Thread(target=lambda: log.extend(process.stderr))  # a full pipe stops the service
+        reader.start()
         threads = [threading.Thread(target=upload, args=(n, address)) for n in range(8)]
         for thread in threads:
             thread.start()
@@ -161,10 +164,11 @@ def test_a_service_that_is_told_to_stop_answers_all_that_it_took(shop, pictures)
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join(60)
-        _, log = process.communicate(timeout=60)
+        process.wait(60)
+        reader.join(60)
     assert process.returncode == 0, log
     assert wrong == []
-    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in log if line.startswith("{")]
     told = [line["status"] for line in lines if line["event"] == "request"]
     assert told == [201] * len(answered)
     with (
