@@ -12,12 +12,21 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 
-from dml.collection import NewItem, create_collection, derive, merging, open_collection, upkeep
+from dml.collection import (
+    NewItem,
+    create_collection,
+    derive,
+    lock,
+    merging,
+    open_collection,
+    present,
+    upkeep,
+)
 from dml.collection.derive import Stopped
 from dml.collection.generation import Generation, Snapshot
 from dml.collection.measure import FEWEST, HeldOut, measure_recall
 from dml.collection.merging import Background, is_due, why_build_anew
-from dml.errors import ConfigError, ReadOnly, StorageError, UsageError
+from dml.errors import CollectionLocked, ConfigError, ReadOnly, StorageError, UsageError
 from dml.index import make_index
 from dml.index.flat import FlatIndex
 from dml.index.tune import Promise
@@ -710,6 +719,65 @@ def test_a_reader_overtaken_before_it_takes_up_an_index_brings_nothing_back(crea
     assert set(ids_of(reader.search(rows[3][None], limit=50)[0])) == there
     assert reader._present.state.base.sequence == shop._present.state.base.sequence
     reader._upkeep._adopt(lambda: False)  # the search has done it; that is no failure
+
+
+@pytest.mark.parametrize("change", ["add", "delete"])
+def test_a_change_whose_writer_is_interrupted_after_its_commit_is_searched(create, change, monkeypatch):
+    """Ctrl-C in a notebook: between the commit and the moment at which searches see it."""
+    rows = unit(9, 6)
+    shop = create(index="flat")
+    shop.add(items(rows[:5]))
+
+    def interrupted(written):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shop._present, "_follow", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shop.add(items(rows[5:], start=5)) if change == "add" else shop.delete(["i1"])
+    there = {f"i{n}" for n in range(6)} if change == "add" else {"i0", "i2", "i3", "i4"}
+    assert set(ids_of(shop.search(rows[:1], limit=10)[0])) == there
+    assert shop.count() == len(there)
+    shop.delete(["i2"])
+    assert set(ids_of(shop.search(rows[:1], limit=10)[0])) == there - {"i2"}
+
+
+def test_a_writer_that_waited_keeps_what_the_one_before_it_changed(create, tmp_path, monkeypatch):
+    """It has read the manifest before the lock was its own."""
+    shop = create(index="flat")
+    before = present.read_manifest(shop.path)
+    shop.rename("another name")
+    shop.close()
+    answers = iter([before])
+    read = present.read_manifest
+    monkeypatch.setattr(present, "read_manifest", lambda path: next(answers, None) or read(path))
+    with open_collection(shop.path) as second:
+        assert second.name == "another name"
+        second.set_root("photos", tmp_path)
+    assert open_collection(shop.path, read_only=True).name == "another name"
+
+
+def test_a_lock_of_a_folder_that_was_replaced_is_taken_again(tmp_path):
+    """Whoever opened the lock before the exchange holds the lock of a folder that is gone."""
+    for name in ("here", "new"):
+        (tmp_path / name).mkdir()
+    path, opened = tmp_path / "here" / "writer.lock", []
+
+    def exchange(file, mode):
+        opened.append(open(file, mode))  # noqa: SIM115 - the lock closes it
+        if len(opened) == 1:
+            (tmp_path / "here").rename(tmp_path / "old")
+            (tmp_path / "new").rename(tmp_path / "here")
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lock, "open", exchange, raising=False)
+        held = lock.WriterLock(path)
+    assert len(opened) == 2
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    with pytest.raises(CollectionLocked):
+        lock.WriterLock(path)
+    held.release()
 
 
 def test_verifying_beside_a_busy_writer_finds_nothing(create, tmp_path):

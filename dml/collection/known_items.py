@@ -87,16 +87,21 @@ class KnownItems:
         return found
 
     def _follow(self, db: sqlite3.Connection, sequence: int) -> None:
-        """Forget what was written since; only then is what is left right for later states."""
+        """Forget what was written or removed since; only then is what is left right for later states.
+
+        What was removed may have been written before, after the last look: of a search that still has the
+        state between the two it would be the version before both.
+        """
         with self._lock:
             if self._sequence >= sequence:
                 return
             most = len(self._items)
             written = sql.rows_written_after(db, self._sequence, most=most + 1) if most else []
-            if len(written) > most:
+            forgotten = self._sequence < sql.read_state(db)[1]  # what was removed is not known any more
+            if len(written) > most or forgotten:
                 self._items, self._bytes = {}, 0
-            else:
-                for row in written:
+            elif most:
+                for row in (*written, *sql.removed_after(db, self._sequence).tolist()):
                     self._forget(row)
             self._sequence = sequence
 

@@ -30,28 +30,41 @@ class WriterLock:
             raise NotAvailable(
                 "Writing to a collection needs flock, which this system does not have."
             ) from None
-        try:
-            self._file: BinaryIO | None = open(path, "a+b")  # noqa: SIM115 - kept open as long as it is held
-        except OSError as error:
-            raise StorageError(f"{path} could not be opened: {error.strerror or error}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = describe_holder(self._file)
-            self._file.close()
-            raise CollectionLocked(
-                f"The collection in {path.parent} is being written to by {holder}. "
-                f"Wait for it to end, or stop it. Reading goes on beside it: `dml search`, `dml index info`, "
-                f"and `dml serve` with --read-only."
-            ) from None
-        self._file.truncate(0)
-        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        self._file.flush()
+        while True:
+            try:
+                file = open(path, "a+b")  # noqa: SIM115 - kept open as long as it is held
+            except OSError as error:
+                raise StorageError(f"{path} could not be opened: {error.strerror or error}") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = describe_holder(file)
+                file.close()
+                raise CollectionLocked(
+                    f"The collection in {path.parent} is being written to by {holder}. "
+                    f"Wait for it to end, or stop it. Reading goes on beside it: `dml search`, "
+                    f"`dml index info`, and `dml serve` with --read-only."
+                ) from None
+            if is_file_at(file, path):
+                break
+            file.close()  # the folder was put in another's place before the lock was ours
+        self._file: BinaryIO | None = file
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        file.flush()
 
     def release(self) -> None:
         if self._file is not None:
             self._file.close()  # drops the lock; the file stays, deleting it would race with the next holder
             self._file = None
+
+
+def is_file_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one that the path names now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def describe_holder(file: BinaryIO) -> str:

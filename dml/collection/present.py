@@ -50,14 +50,16 @@ class Present:
         self.lock = threading.RLock()
         """Held while writing, and by a reader while it catches up."""
         self._closed = False
-        own = self.manifest
-        self.snapshots = Snapshots(
-            path, fingerprint=own.fingerprint, dim=own.dim, device=device, read_only=read_only
-        )
         self._writer_lock = None if read_only else WriterLock(path / LOCK)
         try:
             if not read_only:
+                self.manifest = read_manifest(path)  # another writer may have changed it before it let go
+                self.check_fingerprint(fingerprint)
                 sql.migrate(path / sql.FILE)
+            own = self.manifest
+            self.snapshots = Snapshots(
+                path, fingerprint=own.fingerprint, dim=own.dim, device=device, read_only=read_only
+            )
             self.catalog = Catalog(path / sql.FILE, dim=own.dim, read_only=read_only)
             try:
                 self._remember_manifest()
@@ -210,7 +212,17 @@ class Present:
         with self.lock:
             if self._closed:
                 raise CollectionError(f'The collection "{self.manifest.name}" has been closed.')
-            yield self.state
+            try:
+                yield self.state
+            except BaseException:
+                self._follow_own()
+                raise
+
+    def _follow_own(self) -> None:
+        """Have searches see a change that was committed before its writer was interrupted."""
+        with suppress(StorageError, DamagedFile), self.catalog.reading() as db:
+            if sql.read_state(db)[0] != self.state.sequence:
+                self.state = replayed(db, self.state)
 
     def open_state(self) -> Generation:
         """What the writer's own process searches now, read without the catalogue. Raises CollectionError."""
