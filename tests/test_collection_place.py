@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dml.collection import NewItem, create_collection, open_collection, place
+from dml.collection.backup import made_aside
 from dml.collection.build import build_collection
 from dml.errors import CollectionError, CollectionLocked
 
@@ -224,3 +225,16 @@ def test_items_whose_pictures_have_gone_are_counted(manifest, encoder, tmp_path,
     shutil.rmtree(tmp_path / "elsewhere")
     report = build_collection(tmp_path / "vectors", tmp_path / "none", encoder=encoder)
     assert (report.added, report.without_picture) == (27, 27)
+
+
+def test_a_backup_leaves_alone_what_the_next_one_has_begun_under_the_same_name(tmp_path):
+    """The next one waits for the turn, and may have it before the first looks what it has left behind."""
+    with made_aside(tmp_path / "copy") as first:
+        first.rename(tmp_path / "copy")
+        second = made_aside(tmp_path / "copy")
+        aside = second.__enter__()
+        (aside / "half").touch()
+        assert aside == first
+    assert (aside / "half").exists()
+    second.__exit__(None, None, None)
+    assert not aside.exists()

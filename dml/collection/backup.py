@@ -126,11 +126,13 @@ def made_aside(target: Path) -> Iterator[Path]:
     with place.turn(target.parent):
         place.clear(target)
         aside.mkdir()
+        made = aside.stat()
         lock = WriterLock(aside / LOCK)
     try:
         yield aside
     finally:
-        if aside.exists():
+        # Once it was renamed another one may have begun under its name.
+        if aside.exists() and os.path.samestat(aside.stat(), made):
             shutil.rmtree(aside, ignore_errors=True)
         lock.release()
 
