@@ -156,8 +156,8 @@ def test_a_connection_that_says_nothing_is_closed(address):
 def test_a_second_request_gets_its_own_time(address):
     """The clock of a head starts with its first byte, not with the connection."""
     with wire(address) as opened:
-        for _ in range(4):
-            time.sleep(0.2)
+        for _ in range(6):
+            time.sleep(0.1)
             opened.sendall((PROMPT + "\r\n").encode())
             assert opened.recv(65536).startswith(b"HTTP/1.1 200")
         opened.sendall(PROMPT.encode())
