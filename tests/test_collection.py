@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from io import BytesIO
 
 import numpy as np
@@ -27,6 +27,7 @@ from dml.errors import (
     ImageNotKept,
     ModelMismatch,
     ReadOnly,
+    StorageError,
     UnknownCollection,
     UnknownItem,
     UsageError,
@@ -799,6 +800,79 @@ def test_an_older_collection_is_migrated_on_a_copy(create, reopen, tmp_path):
         assert old.execute("PRAGMA user_version").fetchone() == (1,)
         assert old.execute("SELECT count(*) FROM items").fetchone() == (9,)
     assert len(reopen()) == 8
+
+
+@pytest.fixture
+def old_shop(create, tmp_path):
+    """A collection of the first format with 10 items in the catalogue, 5 in its log, and a reader of it."""
+    create().close()
+    folder = tmp_path / "shop"
+    with open_collection(folder) as shop:
+        shop.add(items(unit(0, 10)))
+    make_format_1(folder)
+    with open_collection(folder, read_only=True) as reader:
+        assert len(reader) == 10
+        with closing(sqlite3.connect(folder / "catalog.sqlite", isolation_level=None)) as db:
+            db.execute("BEGIN")
+            for n, vector in enumerate(unit(1, 5)):
+                sql.insert(db, sql.Change(f"log{n}", vector, "{}", None), 11 + n)
+            db.execute("UPDATE state SET sequence = 15")
+            db.execute("COMMIT")
+        assert (folder / "catalog.sqlite-wal").stat().st_size
+        yield folder, reader
+
+
+def test_a_catalogue_that_somebody_reads_is_migrated_with_its_log(old_shop, reopen):
+    folder, reader = old_shop
+    with reopen() as shop:
+        assert (len(shop), shop.generation, shop.verify()) == (15, 15, [])
+        shop.add(items(unit(2, 200), prefix="new"))
+        shop.delete(["i3", "log3"])
+        assert (len(shop), shop.verify()) == (213, [])
+        assert (len(reader), reader.generation) == (213, 217)
+        assert ids_of(reader.search(unit(1, 5)[3:4], limit=1)[0]) != ["log3"]
+    reader.close()
+    assert reopen().verify() == []
+    with closing(sqlite3.connect(folder / "catalog.sqlite.format1")) as old:
+        assert old.execute("SELECT count(*) FROM items").fetchone() == (15,)
+        assert old.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_migration_that_is_cut_short_loses_nothing_of_the_log(old_shop, monkeypatch, tmp_path):
+    folder, _ = old_shop
+    steps = []
+
+    def count(step):
+        def counted(*arguments, **how):
+            steps.append(step)
+            if len(steps) == last:
+                raise OSError(5, "cut short")
+            return step(*arguments, **how)
+
+        return counted
+
+    for last in range(1, 20):
+        steps.clear()
+        shop = shutil.copytree(folder, tmp_path / f"copy{last}")
+        (shop / "catalog.sqlite-shm").unlink(missing_ok=True)
+        with closing(sqlite3.connect(shop / "catalog.sqlite")) as held, monkeypatch.context() as patched:
+            held.execute("SELECT count(*) FROM items").fetchone()
+            for name in ("replace", "link"):
+                patched.setattr(sql.os, name, count(getattr(sql.os, name)))
+            patched.setattr(sql, "flush_to_disk", count(sql.flush_to_disk))
+            patched.setattr(sql.Path, "unlink", count(sql.Path.unlink))
+            with suppress(StorageError, OSError):
+                sql.migrate(shop / "catalog.sqlite")
+            patched.undo()
+            left = shutil.copytree(shop, tmp_path / f"left{last}")  # as a power cut would
+        (left / "catalog.sqlite-shm").unlink(missing_ok=True)
+        with open_collection(left, read_only=True) as reader:
+            assert (len(reader), reader.verify()) == (15, []), last
+        with open_collection(left) as again:
+            assert (len(again), again.verify()) == (15, []), last
+        if len(steps) < last:
+            return
+    raise AssertionError("it never came to its end")
 
 
 def change_catalog(folder, statement):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -19,17 +19,20 @@ import numpy as np
 import pytest
 
 from dml.checksums import seal
-from dml.collection import NewItem, create_collection, open_collection
+from dml.collection import NewItem, catalog, create_collection, open_collection, snapshots
 from dml.collection.backup import back_up, check_backup, restore
 from dml.collection.repair import Repairs, repair
 from dml.errors import (
     CollectionError,
     CollectionLocked,
+    CursorExpired,
     DamagedFile,
     DmlError,
+    ImageNotKept,
     UnknownCollection,
     UsageError,
 )
+from dml.index import load_index, make_index
 
 DIM = 16
 HARMLESS = {"writer.lock", "catalog.sqlite-shm"}
@@ -507,6 +510,171 @@ back_up(Path({str(shop)!r}), Path({str(backup)!r}))
     assert back_up(shop, backup).generation == generation
     left = {p.name for p in tmp_path.iterdir()} - {backup.name, "shop", "again"}
     assert not left
+
+
+# While somebody reads
+
+
+@pytest.mark.parametrize("mixed", ["fails", "answers wrongly"])
+@pytest.mark.parametrize("times", [1, 1000])
+def test_an_index_that_is_exchanged_while_it_is_read_is_read_again(shop, monkeypatch, mixed, times):
+    calls = []
+    with open_collection(shop, merge="manual") as writer:
+        writer.merge()
+        newest = max((shop / "snapshots").iterdir())
+
+        def load(path, *, device):
+            calls.append(path.name)
+            if len(calls) > times or path != newest:
+                return load_index(path, device=device)
+            writer.build_index()  # nothing was written: another file of the same name
+            if mixed == "fails":
+                raise AttributeError("half of one file, half of another")
+            return make_index("flat", DIM)
+
+        monkeypatch.setattr(snapshots, "load_index", load)
+        with open_collection(shop, read_only=True) as reader:
+            monkeypatch.undo()
+            assert (len(reader), reader.generation, reader.verify()) == (205, writer.generation, [])
+            for n in (30, 100, 205):
+                [found] = reader.search(unit(0, 300)[n : n + 1], limit=1)
+                assert found.hits[0].score > 0.999
+    assert calls.count(newest.name) == (2 if times == 1 else snapshots.TRIES)
+
+
+def test_a_damaged_index_that_stays_is_still_damaged(shop):
+    [newest, *_] = sorted((shop / "snapshots").iterdir(), reverse=True)
+    flip(newest, random.Random(0))
+    with open_collection(shop, read_only=True) as reader:
+        assert len(reader) == 205
+    assert newest.exists(), "a reader deletes nothing"
+
+
+def test_a_reader_follows_the_roots_and_the_name(shop, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(b"picture")
+    with open_collection(shop) as writer, open_collection(shop, read_only=True) as reader:
+        writer.set_root("more", tmp_path / "a")
+        writer.add([NewItem("x", unit(5, 1)[0], file=tmp_path / "a" / "x.jpg")])
+        assert reader.picture("x") == b"picture"
+        shutil.rmtree(tmp_path / "a")
+        with pytest.raises(ImageNotKept, match="cannot be read"):
+            reader.picture("x")
+        writer.set_root("more", tmp_path / "b")  # no change of items
+        assert reader.picture("x") == b"picture"
+        writer.rename("boots")
+        writer.delete(["x"])
+        assert (len(reader), reader.name) == (205, "boots")
+
+
+@pytest.mark.parametrize("how", ["repair", "restore"])
+def test_a_reader_goes_over_to_the_catalogue_that_takes_the_place(tmp_path, how):
+    """With the same numbers of rows and changes for other items, so that whatever is mixed shows."""
+    shop, vectors = tmp_path / "shop", unit(0, 40)
+    with create_collection(shop, dim=DIM, fingerprint="e", index="flat") as writer:
+        writer.add([NewItem(f"i{n}", vectors[n], {"kind": "i"}) for n in range(10)])
+        writer.build_index()
+    back_up(shop, tmp_path / "backup")
+    with open_collection(shop) as writer:
+        writer.add([NewItem(f"j{n}", vectors[10 + n], {"kind": "j"}) for n in range(10)])
+    with open_collection(shop, read_only=True) as reader:
+        with ExitStack() as several:  # as threads have them
+            for _ in range(8):
+                several.enter_context(reader._catalog.reading())
+        kinds = [{"must": [{"key": "kind", "match": {"value": kind}}]} for kind in "ijk"]
+        assert [reader.count(kind) for kind in kinds] == [10, 10, 0]
+        [found] = reader.search(vectors[10:11], limit=20)
+        assert (found.hits[0].id, len(found.hits), found.generation) == ("j0", 20, 20)
+        [page] = reader.search(vectors[10:11], limit=5, cursor="*")
+        if how == "restore":
+            restore(tmp_path / "backup", shop, overwrite=True)
+            lost = set()
+        else:
+            change = "UPDATE vectors SET crc = 1 WHERE row IN (5, 15)"
+            with closing(sqlite3.connect(shop / "catalog.sqlite")) as db:
+                db.execute(change)
+                db.commit()
+            lost = {sentence.split('"')[1] for sentence in repair(shop, replace_catalog=True).lost}
+            assert lost == {"i4", "j4"}
+        with open_collection(shop) as writer:
+            writer.add([NewItem(f"k{n}", vectors[20 + n], {"kind": "k"}) for n in range(10)])
+            there = {item.id for item in writer.scroll(limit=99)[0]}
+            assert not there & lost
+            for n in (0, 4, 10, 14, 20):
+                [ours] = reader.search(vectors[n : n + 1], limit=40)
+                [own] = writer.search(vectors[n : n + 1], limit=40)
+                assert [(h.id, h.score) for h in ours.hits] == [(h.id, h.score) for h in own.hits]
+                assert {hit.id for hit in ours.hits} == there
+                assert ours.generation == writer.generation
+            assert [reader.count(kind) for kind in kinds] == [writer.count(kind) for kind in kinds]
+            [begun] = reader.search(vectors[20:21], limit=5, cursor="*")
+            [own] = writer.search(vectors[20:21], limit=5, exact=True)
+            assert [hit.id for hit in begun.hits] == [hit.id for hit in own.hits]
+            with suppress(CursorExpired):  # the state of an old cursor is kept, or is gone
+                [page] = reader.search(vectors[10:11], limit=5, cursor=page.next_cursor)
+                assert not any(hit.id.startswith("k") for hit in page.hits)
+            assert reader.verify() == []
+
+
+def test_a_transaction_that_began_before_a_replacement_stays_in_its_file(shop, tmp_path):
+    back_up(shop, tmp_path / "backup")
+    with open_collection(shop) as writer:
+        writer.delete(["i100"])
+    with open_collection(shop, read_only=True) as reader:
+        with reader._present.moment() as (db, state):
+            restore(tmp_path / "backup", shop, overwrite=True)
+            assert (len(state), len(reader)) == (204, 205)
+            assert db.execute("SELECT count(*) FROM items").fetchone() == (204,)
+            private = reader._present._catch_up(db)  # of a thread that was late
+            assert (len(private), private.sequence) == (204, state.sequence)
+        assert (len(reader), reader.generation) == (205, state.sequence - 1)
+
+
+def test_a_reader_notices_that_another_collection_took_the_place(shop, tmp_path):
+    with create_collection(tmp_path / "other", dim=DIM, fingerprint="another") as other:
+        other.add([NewItem("o", unit(0, 1)[0])])
+    with open_collection(shop, read_only=True) as reader:
+        shop.rename(tmp_path / "away")
+        (tmp_path / "other").rename(shop)
+        with pytest.raises(CollectionError, match="Another collection"):
+            reader.search(unit(0, 1))
+
+
+def test_a_reader_that_may_not_write_follows_who_may(tmp_path, monkeypatch):
+    shop, vectors = tmp_path / "shop", unit(0, 400)
+    with create_collection(shop, dim=DIM, fingerprint="e", index="flat") as writer:
+        writer.add([NewItem(f"i{n}", vector) for n, vector in enumerate(vectors[:200])])
+        writer.build_index()
+    opened = catalog.Catalog._open
+
+    def open_without_rights(self, mode, **how):
+        if self.read_only and not how and not Path(f"{self.path}-shm").exists():
+            raise sqlite3.OperationalError("unable to open database file")
+        return opened(self, mode, **how)
+
+    def nearest(reader, n):
+        [found] = reader.search(vectors[n : n + 1], limit=1)
+        return found.hits[0].id
+
+    monkeypatch.setattr(catalog.Catalog, "_open", open_without_rights)
+    monkeypatch.setattr(catalog.os, "access", lambda *_: False)
+    with open_collection(shop, read_only=True) as reader:
+        assert (len(reader), nearest(reader, 3)) == (200, "i3")
+        assert reader._catalog._frozen
+        with open_collection(shop) as writer:
+            writer.delete(["i3"])
+            writer.add([NewItem(f"i{n}", vector) for n, vector in enumerate(vectors[200:], 200)])
+        # The writer has gone, and the log is folded in.
+        assert (len(reader), nearest(reader, 333)) == (399, "i333")
+        assert nearest(reader, 3) != "i3"
+        assert reader._catalog._frozen
+        with open_collection(shop) as writer:
+            writer.delete(["i333"])
+            assert (len(reader), nearest(reader, 333) != "i333") == (398, True)
+            writer.delete(["i4"])
+            assert len(reader) == 397
+        assert (len(reader), reader.verify()) == (397, [])
 
 
 # As commands

@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +72,11 @@ ITEM_COLUMNS = "row, id, sequence, payload, picture_kind, picture_sha256, pictur
 
 Row = tuple[Any, ...]
 
+FileId = tuple[int, ...]
+
+TRIES = 20
+"""So often a file is opened again that was replaced while it was opened."""
+
 FEW_ROWS = 50
 """Up to so many are named in the statement: quicker than a table of them, and a connection remembers as many
 statements."""
@@ -106,16 +111,32 @@ class KnownPicture(NamedTuple):
     box: str | None  # the part of the picture that was embedded, "[1,2,3,4]"; None: all of it
 
 
+class Connection(sqlite3.Connection):
+    """One that knows what it was opened on."""
+
+    file: FileId | None = None  # None: a writer's, whose file nobody replaces
+    frozen = False  # whether SQLite was told that nobody writes
+
+
+def file_of(db: Any) -> FileId | None:
+    """Which file a transaction reads: rows and changes of another one mean something else."""
+    return getattr(db, "file", None)
+
+
 class Catalog:
-    """Open catalogue. Several threads may read at once; writing goes through one connection and a lock."""
+    """Open catalogue. Several threads may read at once; writing goes through one connection and a lock.
+
+    A repair, a restore or a migration puts another file into its place. What is opened for reading goes over
+    to that with the next transaction; `file_of` tells which of them a transaction is in.
+    """
 
     def __init__(self, path: Path, *, dim: int, read_only: bool = False) -> None:
         self.path, self.dim, self.read_only = path, dim, read_only
-        self._pool: list[sqlite3.Connection] = []
+        self._pool: list[Connection] = []
         self._pool_lock = threading.Lock()
         self._write_lock = threading.RLock()
         self._closed = False
-        self._frozen = False  # a read-only disk: SQLite must not even look for a log
+        self._frozen = False  # whether the last connection had to be
         with explained(path):
             self._writer = None if read_only else self._connect(read_only=False)
         with self.reading() as db:
@@ -142,7 +163,28 @@ class Catalog:
 
     # Connections
 
-    def _connect(self, *, read_only: bool) -> sqlite3.Connection:
+    def _which(self, frozen: bool) -> FileId | None:
+        """Tells what is there now from what was or will be there; None for a writer, or without a file.
+
+        A frozen connection does not notice what others write: for it, a file that has changed, or that has
+        a log, is another one.
+        """
+        if self.read_only:
+            with suppress(OSError):
+                there = os.stat(self.path)
+                if not frozen:
+                    return there.st_dev, there.st_ino
+                log = 0
+                with suppress(FileNotFoundError):
+                    log = 1 + os.stat(f"{self.path}-wal").st_size
+                return there.st_dev, there.st_ino, there.st_mtime_ns, there.st_size, log
+        return None
+
+    def is_current(self, db: Any) -> bool:
+        """Whether the file that a transaction reads is still the one at the path."""
+        return not self.read_only or self._which(db.frozen) == db.file
+
+    def _connect(self, *, read_only: bool) -> Connection:
         mode = "ro" if read_only else "rw"
         try:
             return self._open(mode)
@@ -150,20 +192,20 @@ class Catalog:
             log = self.path.with_name(self.path.name + "-wal")
             if not read_only or os.access(self.path.parent, os.W_OK) or (log.exists() and log.stat().st_size):
                 raise
-            # WAL needs a shared-memory file beside the catalogue. In a folder that cannot be written nobody
-            # else writes either, so SQLite may read without one.
-            self._frozen = True
-            return self._open("ro")
+            # WAL needs a shared-memory file beside the catalogue, and there is none as long as nobody writes.
+            # So SQLite may read without one, until `_which` says that somebody does.
+            return self._open("ro", frozen=True)
 
-    def _open(self, mode: str) -> sqlite3.Connection:
-        frozen = "&immutable=1" if self._frozen else ""
+    def _open(self, mode: str, *, frozen: bool = False) -> Connection:
         connection = sqlite3.connect(
-            f"{self.path.resolve().as_uri()}?mode={mode}{frozen}",
+            f"{self.path.resolve().as_uri()}?mode={mode}{'&immutable=1' if frozen else ''}",
             uri=True,
+            factory=Connection,
             isolation_level=None,  # transactions are opened by hand
             check_same_thread=False,
             timeout=30,
         )
+        connection.frozen = frozen
         try:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA user_version").fetchone()
@@ -174,16 +216,11 @@ class Catalog:
         return connection
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection in a read transaction: everything read through it is of one moment."""
+    def reading(self) -> Iterator[Connection]:
+        """A connection in a read transaction: everything read through it is of one moment and one file."""
         with explained(self.path):
-            with self._pool_lock:
-                if self._closed:
-                    raise CollectionError(f"The collection in {self.path.parent} has been closed.")
-                connection = self._pool.pop() if self._pool else None
-            connection = connection or self._connect(read_only=True)
+            connection = self._begun()
             try:
-                connection.execute("BEGIN")
                 yield connection
             finally:
                 if connection.in_transaction:
@@ -195,8 +232,44 @@ class Catalog:
                 if not keep:
                     connection.close()
 
+    def _begun(self) -> Connection:
+        """A connection in a transaction. Raises CollectionError, StorageError.
+
+        A reader's is of the file that is at the path after SQLite has settled on what it reads: earlier, it
+        might be the catalogue of one file with the log of the next.
+        """
+        for _ in range(TRIES):
+            with self._pool_lock:
+                if self._closed:
+                    raise CollectionError(f"The collection in {self.path.parent} has been closed.")
+                connection = self._pool.pop() if self._pool else None
+            is_new = connection is None
+            if connection is None:
+                files = {frozen: self._which(frozen) for frozen in (False, True)}
+                connection = self._connect(read_only=True)
+                connection.file, self._frozen = files[connection.frozen], connection.frozen
+            try:
+                if self.read_only and is_new:
+                    check_version(connection, self.path)  # whatever took the place may be newer
+                connection.execute("BEGIN")
+                if not self.read_only:
+                    return connection
+                connection.execute("PRAGMA user_version").fetchone()  # from here on what it reads is settled
+                there = self._which(connection.frozen)
+                if there is None or there == connection.file:  # None: a restore puts it into place just now
+                    return connection
+            except BaseException:
+                connection.close()
+                raise
+            with self._pool_lock:
+                replaced = [old for old in self._pool if old.file == connection.file]
+                self._pool = [other for other in self._pool if other.file != connection.file]
+            for old in [*replaced, connection]:
+                old.close()
+        raise StorageError(f"{self.path} is being replaced again and again. Try again.")
+
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _writing(self) -> Iterator[Connection]:
         """The write connection in a transaction: committed on leaving, rolled back on any error."""
         with self._write_lock, explained(self.path):
             connection = self._writer
@@ -550,10 +623,10 @@ def migrate(path: Path) -> bool:
             finally:
                 copy.close()
         finally:
-            connection.close()  # the last connection: its log is folded in and deleted
+            connection.close()  # the last connection, unless somebody reads, folds the log in and deletes it
     try:
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(aside)
+        drop_log(path)
         kept = path.with_name(f"{path.name}.format{version}")
         kept.unlink(missing_ok=True)
         os.link(path, kept)  # the old one stays beside the new one
@@ -562,6 +635,34 @@ def migrate(path: Path) -> bool:
     except OSError as error:
         raise StorageError(f"{path} could not be migrated: {error.strerror or error}") from error
     return True
+
+
+def drop_log(path: Path) -> None:
+    """Have a catalogue that nobody writes to without a log beside it, and with all that the log said.
+
+    Readers keep a log from being folded in, and SQLite takes a log that lies beside a file for that file's
+    own. So a copy with the log folded in takes the catalogue's place first: page by page it is what catalogue
+    and log say together, and the log, while it is still there, adds nothing to it. A kill at any moment loses
+    nothing. Readers go on in the files that they have open.
+
+    Raises: OSError, and StorageError or DamagedFile as `explained`.
+    """
+    log, memory = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
+    if log.exists() and log.stat().st_size:
+        whole = path.with_name(f".{path.name}.whole")
+        whole.unlink(missing_ok=True)
+        with (
+            explained(path),
+            closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as source,
+            closing(sqlite3.connect(whole)) as copy,
+        ):
+            source.backup(copy)
+        flush_to_disk(whole)
+        os.replace(whole, path)
+        flush_to_disk(path.parent)
+    log.unlink(missing_ok=True)
+    memory.unlink(missing_ok=True)
+    flush_to_disk(path.parent)
 
 
 @contextmanager

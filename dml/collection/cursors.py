@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dml.collection.base import SearchResult
+from dml.collection.catalog import FileId
 from dml.collection.generation import Generation
 from dml.collection.known_items import KnownItems
 from dml.collection.query import Query, Ranking, Searcher
@@ -74,6 +75,7 @@ class Pin:
     state: Generation
     held: ExitStack  # closing it ends the transaction
     row_sets: RowSets  # of this state
+    known: KnownItems
     since: float
     used: float
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -91,6 +93,7 @@ class Walks:
     Args:
         hold: how the present state is kept.
         row_sets, known: what searches remember of filters and of items.
+        file: of the catalogue that they remember it of, see `catalog.file_of`.
         clock: seconds, for the age of what is kept.
     """
 
@@ -100,10 +103,11 @@ class Walks:
         row_sets: RowSets,
         *,
         known: KnownItems | None = None,
+        file: FileId | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hold, self._row_sets, self._clock = hold, row_sets, clock
-        self._known = known or KnownItems()
+        self._known, self._file = known or KnownItems(), file
         self._pins: OrderedDict[int, Pin] = OrderedDict()
         self._lock = threading.Lock()
         self._run = secrets.token_hex(8)  # cursors of another process of the service are expired, not forged
@@ -130,7 +134,7 @@ class Walks:
                 raise expired()
             name = hashlib.sha256(digest.encode() + vector.tobytes()).hexdigest()[:16]
             walk = begun(pin, name, vector) if place is None else under_way(pin, place.walk, vector)
-            searcher = Searcher(pin.db, pin.state, query, row_sets=pin.row_sets, known=self._known)
+            searcher = Searcher(pin.db, pin.state, query, row_sets=pin.row_sets, known=pin.known)
             ranking = ranked(walk, searcher, count=offset + query.limit + 1)
             [result] = searcher.pages([ranking])
         end = offset + len(result.hits)
@@ -175,15 +179,19 @@ class Walks:
         except BaseException:
             stack.close()
             raise
-        now = self._clock()
+        now, gone = self._clock(), list[Pin]()
         with self._lock:
             known = self._pins.get(state.sequence)
+            if known is not None and known.state.file != state.file:  # the same number in another catalogue
+                known, gone = None, [self._pins.pop(state.sequence)]
             if known is None:
-                self._pins[state.sequence] = Pin(db, state, stack, self._row_sets.copy(), now, now)
+                same = state.file == self._file
+                row_sets, items = (self._row_sets.copy(), self._known) if same else (RowSets(), KnownItems())
+                self._pins[state.sequence] = Pin(db, state, stack, row_sets, items, now, now)
             pin = self._pins[state.sequence]
             self._pins.move_to_end(state.sequence)
             pin.used = now
-            gone = [self._pins.popitem(last=False)[1] for _ in range(len(self._pins) - MOST_STATES)]
+            gone += [self._pins.popitem(last=False)[1] for _ in range(len(self._pins) - MOST_STATES)]
         if known is not None:
             stack.close()
         for old in gone:

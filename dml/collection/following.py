@@ -1,5 +1,6 @@
 """How a state of the collection comes to be: from a snapshot, and from the changes in the catalogue since."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ def from_catalog(db: Any, dim: int) -> Generation:
     index = make_index("flat", dim)
     index.prepare(np.empty((0, dim), np.float32), sql.count_items(db))
     fill(index, db, held=np.empty(0, np.int64), dim=dim)
-    return Generation.of(Snapshot(index, sql.read_state(db)[0], sql.last_row(db)), dim)
+    state = Generation.of(Snapshot(index, sql.read_state(db)[0], sql.last_row(db)), dim)
+    return replace(state, file=sql.file_of(db))
 
 
 def replayed(db: Any, state: Generation) -> Generation:
-    """The state after all changes that the catalogue holds."""
+    """The state after all changes that the catalogue holds; it begins with a snapshot or state of the same
+    file."""
     sequence, dim = sql.read_state(db)[0], state.delta.dim
     last = int(state.delta.rows.ids.max()) if len(state.delta.rows) else state.base.last_row
     removed = sql.removed_after(db, state.sequence)
@@ -32,4 +35,4 @@ def replayed(db: Any, state: Generation) -> Generation:
     state = state.changed(sequence, rows=none, vectors=np.empty((0, dim), np.float32), removed=removed)
     for rows, vectors in sql.rows_after(db, last, dim=dim):
         state = state.changed(sequence, rows=rows, vectors=vectors, removed=none)
-    return state
+    return replace(state, file=sql.file_of(db))

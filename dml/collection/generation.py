@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dml.collection.catalog import FileId
 from dml.index.base import Hits, Ids, VectorIndex, Vectors
 from dml.index.flat import FlatIndex
 
@@ -30,6 +31,8 @@ class Generation:
     base: Snapshot
     main: VectorIndex
     delta: FlatIndex
+    file: FileId | None = None
+    """Of which catalogue, see `catalog.file_of`."""
 
     @classmethod
     def of(cls, base: Snapshot, dim: int) -> "Generation":
@@ -55,7 +58,7 @@ class Generation:
             delta = delta.without(removed)
         if len(rows):
             delta = delta.extended(rows, vectors)
-        return Generation(sequence, self.base, main, delta)
+        return Generation(sequence, self.base, main, delta, self.file)
 
     def search(
         self, queries: Vectors, k: int, *, effort: int | None, exact: bool, allowed: Ids | None = None

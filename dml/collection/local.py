@@ -10,6 +10,7 @@
     writer.lock              held by the one process that writes
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -86,7 +87,10 @@ class LocalCollection:
         self._present = Present(self.path, read_only=read_only, fingerprint=fingerprint, device=device)
         self._catalog = self._present.catalog
         self._row_sets, self._known = RowSets(), KnownItems()
-        self._walks = Walks(self._present.hold, self._row_sets, known=self._known)
+        self._remembers, self._memory_lock = self._present.state.file, threading.Lock()
+        self._walks = Walks(
+            self._present.hold, self._row_sets, known=self._known, file=self._present.state.file
+        )
         self._upkeep = Upkeep(self._present, merge=merge)
 
     # What it is
@@ -294,7 +298,7 @@ class LocalCollection:
     def count(self, filter: FilterLike | None = None) -> int:
         asked = parse_filter(filter)
         with self._present.moment() as (db, state):
-            return len(self._row_sets.rows(db, asked)) if asked else len(state)
+            return len(self._memory(state)[0].rows(db, asked)) if asked else len(state)
 
     def known_pictures(self) -> Iterator[KnownPicture]:
         """Every item with a picture, in the order in which they were written: which bytes have a vector."""
@@ -356,7 +360,7 @@ class LocalCollection:
         Where the index and the items that are known by now say everything, the catalogue is not asked: a
         transaction takes as long as a search. A reader has to ask it for changes of the writer all the same.
         """
-        rankings, searcher = None, partial(Searcher, query=query, row_sets=self._row_sets, known=self._known)
+        rankings, searcher = None, partial(self._searcher, query=query)
         before = None if self.read_only or query.asks_catalog else self._present.open_state()
         if before is not None:
             at_hand = searcher(None, before)
@@ -369,15 +373,37 @@ class LocalCollection:
                 return answer(searcher(db, state), queries)
             return searcher(db, before).pages(rankings)
 
+    def _searcher(self, db: Any, state: Generation, *, query: Query) -> Searcher:
+        row_sets, known = self._memory(state)
+        return Searcher(db, state, query, row_sets=row_sets, known=known)
+
+    def _memory(self, state: Generation) -> tuple[RowSets, KnownItems]:
+        """What is remembered of filters and items; nothing of a catalogue whose place another one took."""
+        with self._memory_lock:
+            if state.file != self._remembers:
+                self._remembers, self._row_sets, self._known = state.file, RowSets(), KnownItems()
+            return self._row_sets, self._known
+
     @property
     def _pictures(self) -> Pictures:
         return self._present.pictures
 
     def picture(self, id: str) -> bytes:
-        return self._pictures.read(self._picture_of(id), id)
+        picture = self._picture_of(id)
+        return self._shown(lambda pictures: pictures.read(picture, id))
 
     def thumbnail(self, id: str, size: int = 256) -> bytes:
-        return self._pictures.thumbnail(self._picture_of(id), id, size)
+        picture = self._picture_of(id)
+        return self._shown(lambda pictures: pictures.thumbnail(picture, id, size))
+
+    def _shown(self, read: Callable[[Pictures], bytes]) -> bytes:
+        """What is read where the roots are; a reader looks once more where the writer says they are now."""
+        try:
+            return read(self._pictures)
+        except ImageNotKept:
+            if not self._present.follow_manifest():
+                raise
+        return read(self._pictures)
 
     def _picture_of(self, id: str) -> Picture:
         picture = self.get([id])[0].picture

@@ -15,13 +15,21 @@ from dml.collection.base import CollectionInfo, Figures, NewItem, Picture
 from dml.collection.catalog import Catalog, Change, Written
 from dml.collection.derive import build_snapshot
 from dml.collection.following import from_catalog, from_nothing, replayed
-from dml.collection.generation import Generation
+from dml.collection.generation import Generation, Snapshot
 from dml.collection.lock import LOCK, WriterLock
 from dml.collection.manifest import FILE as MANIFEST
 from dml.collection.manifest import FORMAT, Manifest, promise_of, read_manifest, write_manifest
 from dml.collection.pictures import Pictures
-from dml.collection.snapshots import Snapshots
-from dml.errors import CollectionError, DamagedFile, MissingExtra, ModelMismatch, ReadOnly, StorageError
+from dml.collection.snapshots import Snapshots, which_file
+from dml.errors import (
+    CollectionError,
+    DamagedFile,
+    MissingExtra,
+    ModelMismatch,
+    ReadOnly,
+    StorageError,
+    UnknownCollection,
+)
 from dml.index.base import Vectors
 
 log = logging.getLogger(__name__)
@@ -40,6 +48,9 @@ class Present:
 
     Raises: as `dml.collection.open_collection`.
     """
+
+    _manifest_file: tuple[int, ...] | None = None
+    """Which manifest.json a reader has read last; see `which_file`."""
 
     def __init__(self, path: Path, *, read_only: bool, fingerprint: str | None, device: str) -> None:
         self.path, self.read_only, self.device = path, read_only, device
@@ -236,10 +247,12 @@ class Present:
         for _ in range(PATIENCE):
             with self.catalog.reading() as db:
                 sequence = sql.read_state(db)[0]
-                state = self.state
-                if self.read_only and state.sequence < sequence:
+                state, file = self.state, sql.file_of(db)
+                if self.read_only and (state.sequence < sequence or state.file != file):
+                    if not self.catalog.is_current(db):
+                        continue  # the next transaction is in the file that took its place
                     state = self._catch_up(db)
-                if state.sequence == sequence:
+                if state.sequence == sequence and state.file == file:
                     yield db, state
                     return
             time.sleep(0.0005)  # a writer has committed and is about to swap
@@ -262,15 +275,26 @@ class Present:
             overtakings: so many times a reader looks again, because the writer replaced what it was to read.
         """
         with self.catalog.reading() as db:
-            base = self.snapshots.load(db)
+            base = self.load(db)
             if base is not None:
                 return replayed(db, Generation.of(base, self.manifest.dim))
         if self.snapshots.overtaken and overtakings:
             return self._open_state(overtakings - 1)
         with self.catalog.reading() as db:
-            if sql.count_items(db) and self.manifest.built:
-                return self._rebuilt(db)
-            return from_nothing(db, self.manifest.dim)
+            return self._without_snapshot(db)
+
+    def _without_snapshot(self, db: Any) -> Generation:
+        if sql.count_items(db) and self.manifest.built:
+            return self._rebuilt(db)
+        return from_nothing(db, self.manifest.dim)
+
+    def load(self, db: Any, *, newer_than: int = -1) -> Snapshot | None:
+        """See `Snapshots.load`; a snapshot of the catalogue that took this one's place is overtaken, too."""
+        base = self.snapshots.load(db, newer_than=newer_than)
+        if base is not None and not self.catalog.is_current(db):
+            self.snapshots.overtaken = True
+            return None
+        return base
 
     def _rebuilt(self, db: Any) -> Generation:
         """No snapshot can be used, though there was one: make it again, or search exactly meanwhile."""
@@ -295,34 +319,75 @@ class Present:
         return from_catalog(db, dim)
 
     def _catch_up(self, db: Any) -> Generation:
-        """A reader's way to the moment of this transaction; keeps the newest state that it has seen."""
+        """A reader's way to the moment of this transaction; keeps the newest state that it has seen.
+
+        Raises:
+            CollectionError: another collection has taken the place of this one.
+        """
         with self.lock:
             state, (sequence, horizon) = self.state, sql.read_state(db)
-            if state.sequence < sequence:
+            if state.file != sql.file_of(db) and not self.catalog.is_current(db):
+                return from_catalog(
+                    db, self.manifest.dim
+                )  # of a file that is gone: for this transaction only
+            if state.file != sql.file_of(db):
+                # Another catalogue: its numbers may be smaller, and its rows are other items.
+                self.follow_manifest()
+                base, dim = self.load(db), self.manifest.dim
+                state = self._without_snapshot(db) if base is None else Generation.of(base, dim)
+                self.state = state = replayed(db, state)
+            elif state.sequence < sequence:
+                self.follow_manifest()
                 if state.sequence < horizon:  # removals that the state has not seen are forgotten by now
-                    self._reread_manifest()
-                    base = self.snapshots.load(db, newer_than=state.base.sequence)
-                    known = base is not None
-                    state = Generation.of(base, self.manifest.dim) if known else self._rebuilt(db)
-                self.state = replayed(db, state)
+                    base, dim = self.load(db, newer_than=state.base.sequence), self.manifest.dim
+                    state = self._rebuilt(db) if base is None else Generation.of(base, dim)
+                self.state = state = replayed(db, state)
         self.changed()
-        return self.state
+        return state
 
     def take_up(self, state: Generation) -> None:
         """A reader's state in the writer's newer index, if it is newer than what is searched.
 
         Not if the writer has merged on meanwhile and forgotten removals that this state has not seen: they
-        would come back. There is a newer index then, to be taken up instead.
+        would come back. There is a newer index then, to be taken up instead. And not if the catalogue has
+        been replaced: what is searched then is made anew.
         """
         with self.lock, self.catalog.reading() as db:
             horizon = sql.read_state(db)[1]
-            if state.base.sequence > self.state.base.sequence and state.sequence >= horizon:
-                self._reread_manifest()
+            if self.state.file != sql.file_of(db):
+                self._catch_up(db)
+            elif (
+                state.file == self.state.file
+                and state.base.sequence > self.state.base.sequence
+                and state.sequence >= horizon
+            ):
+                self.follow_manifest()
                 self.state = replayed(db, state)
 
-    def _reread_manifest(self) -> None:
-        self.manifest = read_manifest(self.path)
-        self.pictures = self._open_pictures()
+    def follow_manifest(self) -> bool:
+        """Have a reader know what the writer says of the collection: its name, its roots. Whether it is new.
+
+        One that cannot be read just now changes nothing; `verify` tells what is wrong with it.
+
+        Raises:
+            CollectionError: another collection has taken the place of this one.
+        """
+        with self.lock:
+            file = which_file(self.path / MANIFEST)
+            if not self.read_only or file == self._manifest_file:
+                return False
+            try:
+                manifest = read_manifest(self.path)
+            except (UnknownCollection, DamagedFile):
+                return False
+            if (manifest.fingerprint, manifest.dim) != (self.manifest.fingerprint, self.manifest.dim):
+                raise CollectionError(
+                    f"Another collection has taken the place of the one in {self.path}: its vectors were "
+                    f"made by another encoder. Open it anew."
+                )
+            self._manifest_file, self.manifest = file, manifest
+            self.pictures = self._open_pictures()
+            return True
 
 
 def bytes_below(folder: Path) -> int:

@@ -8,9 +8,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dml.collection import catalog as sql
 from dml.collection.generation import Snapshot
@@ -22,9 +23,14 @@ from dml.storage import ASIDE
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 FOLDER = "snapshots"
 """Below the folder of a collection."""
 KEPT = 2
+
+TRIES = 3
+"""So often a file is read again that was exchanged while it was read."""
 
 
 class Snapshots:
@@ -47,7 +53,8 @@ class Snapshots:
         """Those that may be sound, and that this process cannot read: nobody replaces them unasked."""
         self.overtaken = False
         """Whether the last `load` passed over one because the writer had gone on: it was newer than the
-        reader's transaction, or deleted in the meantime. A later transaction finds another."""
+        reader's transaction, deleted in the meantime, or exchanged again and again. A later transaction finds
+        another."""
 
     def path(self, sequence: int) -> Path:
         return self.folder / f"{sequence:012d}.index"
@@ -81,30 +88,17 @@ class Snapshots:
         Only what has shown to be damaged is deleted: its length or a checksum is wrong, in a format that is
         known. What a newer dml wrote, or what cannot be read just now, is passed over and stays.
         """
-        sequence, horizon = sql.read_state(db)
+        state = sql.read_state(db)
         self.unread, self.overtaken = [], False
         for path in self.paths():
             if int(path.stem) <= newer_than:
                 break
             try:
-                header = read_header(path)
-                note, origin = header.note, (header.note.get("fingerprint"), header.dim)
-                if self.read_only and note["sequence"] > sequence:
-                    self.overtaken = True
-                    continue
-                if origin != (self.fingerprint, self.dim) or not horizon <= note["sequence"] <= sequence:
-                    log.warning("%s does not belong to this state of the catalogue; passed over", path)
-                    continue
-                check_kind_of(path, header.kind)
-                index = load_index(path, device=self.device)
-                return Snapshot(
-                    index,
-                    note["sequence"],
-                    note["last_row"],
-                    note.get("measured"),
-                    built_over=note.get("built_over", len(index)),
-                    dead=note.get("dead", 0),
-                )
+                found = unexchanged(path, partial(self._read, path, *state))
+                if found is not None:
+                    return found
+            except Exchanged:
+                self.overtaken = True
             except (DamagedFile, OSError, KeyError) as error:
                 if self.read_only and not path.exists():
                     self.overtaken = True
@@ -118,6 +112,27 @@ class Snapshots:
                 log.warning("%s Until then this collection is searched exactly, with numpy.", error)
                 return None
         return None
+
+    def _read(self, path: Path, sequence: int, horizon: int) -> Snapshot | None:
+        """One of them; None: it does not fit a catalogue of this state."""
+        header = read_header(path)
+        note, origin = header.note, (header.note.get("fingerprint"), header.dim)
+        if self.read_only and note["sequence"] > sequence:
+            self.overtaken = True
+            return None
+        if origin != (self.fingerprint, self.dim) or not horizon <= note["sequence"] <= sequence:
+            log.warning("%s does not belong to this state of the catalogue; passed over", path)
+            return None
+        check_kind_of(path, header.kind)
+        index = load_index(path, device=self.device)
+        return Snapshot(
+            index,
+            note["sequence"],
+            note["last_row"],
+            note.get("measured"),
+            built_over=note.get("built_over", len(index)),
+            dead=note.get("dead", 0),
+        )
 
     def drop_old(self) -> int | None:
         """Delete all but the newest `KEPT` and what was half-written.
@@ -138,13 +153,15 @@ class Snapshots:
         """One sentence for each that does not fit its checksums, or knows changes after `sequence`.
 
         Args:
-            paths: what there was before `sequence` was read. Those that a writer has deleted since are
-                passed over.
+            paths: what there was before `sequence` was read. Those that a writer has deleted since, or
+                exchanges all the time, are passed over.
         """
         problems = []
         for path in paths:
             try:
-                last = check_index_file(path).note.get("sequence", 0)
+                last = unexchanged(path, partial(check_index_file, path)).note.get("sequence", 0)
+            except Exchanged:
+                continue
             except DamagedFile as error:
                 problems += [str(error)] if path.exists() else []
                 continue
@@ -153,6 +170,42 @@ class Snapshots:
                     f"{path} knows changes up to {last}, and the catalogue up to {sequence}: it has lost some"
                 )
         return problems
+
+
+class Exchanged(Exception):
+    """Another file took the place of the one that was being read, again and again."""
+
+
+def unexchanged(path: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of the file at a path, all of it from one file.
+
+    A writer that builds anew when nothing was written renames another file over the same path, and reading
+    one opens it several times: parts of two make an index that answers wrongly, or any error at all.
+
+    Raises:
+        Exchanged: so it went each time.
+        Exception: whatever `read` raises for a file that stays.
+    """
+    for _ in range(TRIES):
+        before = which_file(path)
+        try:
+            found = read()
+        except Exception:
+            if which_file(path) == before:
+                raise
+        else:
+            if which_file(path) == before:
+                return found
+    raise Exchanged(path)
+
+
+def which_file(path: Path) -> tuple[int, ...] | None:
+    """Tells a file from another one in its place, or from itself when it has changed; None without one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def check_kind_of(path: Path, kind: str) -> None:

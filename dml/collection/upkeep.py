@@ -123,7 +123,7 @@ class Upkeep:
         """Take up the index that the writer has made; searches go on in the old one until it is loaded."""
         snapshots = self._present.snapshots
         with self._present.catalog.reading() as db:
-            base = snapshots.load(db, newer_than=self._present.state.base.sequence)
+            base = self._present.load(db, newer_than=self._present.state.base.sequence)
             if stop():
                 raise Stopped
             if base is None and (snapshots.overtaken or not self._newer_index()):
