@@ -579,7 +579,7 @@ class Client:
     def feedback(self, collection: str) -> list[Judgement]:
         """All that was said of hits of a collection, oldest first."""
         text = self._send("GET", f"{self._place(collection)}/feedback").text
-        return [Judgement(**json.loads(line)) for line in text.splitlines() if line]
+        return [Judgement(**json.loads(line)) for line in text.split("\n") if line]
 
     # What there is
 

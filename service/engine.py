@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,7 +240,7 @@ class Engine:
         self._turns: dict[str, threading.RLock] = {}
         self._sizes: dict[str, int] = {}
         self._admitted: WeakSet[Collection] = WeakSet()
-        self._shared: WeakKeyDictionary[Collection, SharedSearches] = WeakKeyDictionary()
+        self._shared: dict[Collection, SharedSearches] = {}
         self._encoders = {encoder.fingerprint: encoder for encoder in encoders}
         self._batchers = {f: self._batcher(encoder) for f, encoder in self._encoders.items()}
 
@@ -711,6 +711,12 @@ class Engine:
             )
 
     @contextmanager
+    def settled(self) -> Iterator[None]:
+        """No collection is made, opened or deleted while the block lasts; what is under way ends first."""
+        with self._changing:
+            yield
+
+    @contextmanager
     def _writing(self, name: str) -> Iterator[tuple[Collection, threading.RLock]]:
         """The collection, and the turn in which items are looked at and written in one step."""
         self.check_writable(name)
@@ -837,6 +843,7 @@ class Engine:
                     self._collections = {**self._collections, name: collection}
                     raise Conflict(f'Requests still use the collection "{name}". Try again in a moment.')
                 del self._users[name]
+                self._shared.pop(collection, None)
             collection.close()
             folder.remove(Path(place))
             return place

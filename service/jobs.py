@@ -9,6 +9,9 @@
 A job is written down before its request is answered. One that was queued or running when its process died is
 found by the next writer of the same collection, and then shown as failed, with what to do: only one process
 writes to a collection, so whoever opens it for writing knows that no other one works on it.
+
+What became of a job is kept in memory where it cannot be written down at that moment (the disk is full,
+another process holds the file): it is shown and counts all the same, and is written as soon as it can be.
 """
 
 import json
@@ -18,9 +21,10 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +111,7 @@ class Control:
     message: str = ""
     outcome: str = ""
     """What it came to, in words: the work sets it, and it is the message of a job that succeeded."""
+    _started: float | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
     _closing: bool = False
     _told: Callable[[], None] = field(default=lambda: None)
@@ -117,14 +122,35 @@ class Control:
 
     def tell(self, progress: float | None = None, message: str = "") -> None:
         """Say how far it is. Raises Stopped when the work is to be given up."""
+        self.progress, self.message = progress, message or self.message
         if self.stops():
             raise Stopped
-        self.progress, self.message = progress, message or self.message
         self._told()
 
 
 Work = Callable[[Control], Mapping[str, Any]]
 """Does the job; what it returns (JSON) is the result. May raise `Stopped` when it was told to."""
+
+
+@dataclass(frozen=True)
+class End:
+    """What became of a job, by the columns of its row."""
+
+    state: str
+    progress: float | None
+    message: str
+    started: float | None
+    ended: float
+    result: str | None
+    problem: str | None
+
+    def write(self, db: sqlite3.Connection, id: str) -> None:
+        """Put it in the row of the job, unless that has an end already."""
+        db.execute(
+            "UPDATE jobs SET state = ?, progress = ?, message = ?, started = ?, ended = ?, result = ?, "
+            "problem = ? WHERE id = ? AND state IN ('queued', 'running')",
+            (*vars(self).values(), id),
+        )
 
 
 class Jobs:
@@ -144,6 +170,8 @@ class Jobs:
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="dml-job")
         self._lock = threading.Lock()
         self._live: dict[str, Control] = {}
+        self._unwritten: dict[str, End] = {}
+        self._writing_late = False
 
     def begin(
         self, kind: str, work: Work, *, collection: str, place: str, alone: bool = False, request_id: str = ""
@@ -168,7 +196,7 @@ class Jobs:
         single = f"{kind} {place}" if alone else None
         row = (id, kind, collection, place, single, "queued", "", now)
         try:
-            with self._drawer.made().writing() as db:
+            with self._writing() as db:
                 db.execute("DELETE FROM jobs WHERE ended < ?", (now - KEPT_SECONDS,))
                 if single is not None:
                     self._check_alone(db, single)
@@ -177,7 +205,7 @@ class Jobs:
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     row,
                 )
-            self._executor.submit(self._run, id, work, control, request_id)
+            self._executor.submit(self._run, id, kind, work, control, request_id)
         except BaseException:
             self._forget(id)
             raise
@@ -195,60 +223,77 @@ class Jobs:
 
     def get(self, id: str) -> Job:
         """The job as it stands. Raises UnknownJob."""
-        state = self._drawer.if_there()
-        if state is not None:
-            with state.reading() as db:
-                row = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (id,)).fetchone()
-            if row is not None:
-                return self._as_it_stands(row)
+        for job in self._found("WHERE id = ?", id):
+            return job
         raise UnknownJob(f'There is no job "{id}". Jobs are forgotten 30 days after they ended.')
 
     def newest(self, places: Iterable[str], *, limit: int = 100) -> list[Job]:
         """The newest jobs of these collections, newest first."""
-        state = self._drawer.if_there()
-        if state is None:
-            return []
-        with state.reading() as db:
-            rows = db.execute(
-                f"SELECT {COLUMNS} FROM jobs WHERE place IN (SELECT value FROM json_each(?)) "
-                f"ORDER BY created DESC, rowid DESC LIMIT ?",
-                (json.dumps(list(places)), limit),
-            ).fetchall()
-        return [self._as_it_stands(row) for row in rows]
+        return self._found(
+            "WHERE place IN (SELECT value FROM json_each(?)) ORDER BY created DESC, rowid DESC LIMIT ?",
+            json.dumps(list(places)),
+            limit,
+        )
 
     def count(self, places: Iterable[str]) -> dict[tuple[str, str], int]:
         """(kind, state) -> how many jobs of these collections there are; 0 where there are none."""
         counts = {(kind, state): 0 for kind in KINDS for state in STATES}
         state = self._drawer.if_there()
         if state is not None:
+            unwritten = dict(self._unwritten)
+            self._write_late()
             with state.reading() as db:
-                counts |= {
-                    (kind, found): count
-                    for kind, found, count in db.execute(
-                        "SELECT kind, state, COUNT(*) FROM jobs "
-                        "WHERE place IN (SELECT value FROM json_each(?)) GROUP BY kind, state",
-                        (json.dumps(list(places)),),
-                    )
-                }
+                rows = db.execute(
+                    "SELECT kind, state, CASE WHEN state IN ('queued', 'running') "
+                    "AND id IN (SELECT value FROM json_each(?)) THEN id END AS late, COUNT(*) FROM jobs "
+                    "WHERE place IN (SELECT value FROM json_each(?)) GROUP BY kind, state, late",
+                    (json.dumps(list(unwritten)), json.dumps(list(places))),
+                ).fetchall()
+            for kind, found, late, count in rows:
+                is_now = found if late is None else unwritten[late].state
+                counts[kind, is_now] = counts.get((kind, is_now), 0) + count
         return counts
 
     def unfinished(self, place: str) -> list[Job]:
         """Jobs of a collection that are queued or running."""
-        return [job for job in self.newest([place], limit=self._most) if not job.over]
+        found = self._found(
+            "WHERE place = ? AND state IN ('queued', 'running') ORDER BY created DESC, rowid DESC", place
+        )
+        return [job for job in found if not job.over]
 
-    def _as_it_stands(self, row: tuple) -> Job:
+    def _found(self, which: str, *values: Any) -> list[Job]:
+        """Jobs as they stand, by the end of a query."""
+        state = self._drawer.if_there()
+        if state is None:
+            return []
+        unwritten = dict(self._unwritten)  # before the rows, so that none is missed that is written meanwhile
+        self._write_late()
+        with state.reading() as db:
+            rows = db.execute(f"SELECT {COLUMNS} FROM jobs {which}", values).fetchall()
+        return [self._as_it_stands(row, unwritten.get(row[0])) for row in rows]
+
+    def _as_it_stands(self, row: tuple, end: End | None) -> Job:
         job, control = job_of(row), self._live.get(row[0])
-        if job.over or control is None:
+        if job.over:
             return job
-        return Job(**{**vars(job), "progress": control.progress, "message": control.message})
+        if end is not None:
+            shown = (end.state, end.progress, end.message)
+            return job_of((*row[:3], *shown, job.created, end.started, end.ended, end.result, end.problem))
+        if control is None:
+            return job
+        job = replace(job, progress=control.progress, message=control.message)
+        return job if control._started is None else replace(job, state="running", started=control._started)
 
     def cancel(self, id: str) -> Job:
         """Ask a job to stop; one that has ended stays as it is. Raises UnknownJob."""
         job, control = self.get(id), self._live.get(id)
         if job.over or control is None:
             return job
-        control._stop.set()
-        self._end(id, "cancelled", only_queued=True)
+        control._stop.set()  # before the row: the work looks at this after it has changed the row itself
+        if control._started is None:
+            self._update(
+                id, "state = 'cancelled', message = ?, ended = ?", control.message, time.time(), only="queued"
+            )
         return self.get(id)
 
     def mark_interrupted(self, places: Iterable[str]) -> int:
@@ -265,7 +310,7 @@ class Jobs:
             "state IN ('queued', 'running') AND place IN (SELECT value FROM json_each(?)) "
             "AND id NOT IN (SELECT value FROM json_each(?))"
         )
-        with state.writing() as db:
+        with self._writing() as db:
             live = json.dumps(list(self._live))
             rows = db.execute(f"SELECT id, kind FROM jobs WHERE {open_jobs}", (places, live)).fetchall()
             for id, kind in rows:
@@ -283,20 +328,25 @@ class Jobs:
             control._closing = True
             control._stop.set()
         self._executor.shutdown(wait=True)
+        if self._unwritten:
+            self._write_unwritten()
         self._drawer.close()
 
-    def _run(self, id: str, work: Work, control: Control, request_id: str) -> None:
+    def _run(self, id: str, kind: str, work: Work, control: Control, request_id: str) -> None:
         control._told = self._writer(id, control)
         try:
             if control.stops():
                 raise Stopped
-            self._update(id, "state = 'running', started = ?", time.time(), only="queued")
+            control._started = time.time()
+            self._update(id, "state = 'running', started = ?", control._started, only="queued")
+            if control.stops():  # it may be shown as cancelled already
+                raise Stopped
             result = work(control)
             control.message = control.outcome  # "reading checksums" is over
             self._end(id, "succeeded", result=result)
         except Stopped:
             if control._closing:
-                self._end(id, "failed", problem=interruption(id, self.get(id).kind, request_id))
+                self._end(id, "failed", problem=interruption(id, kind, request_id))
             else:
                 self._end(id, "cancelled")
         except Exception as error:
@@ -328,29 +378,64 @@ class Jobs:
         *,
         result: Mapping[str, Any] | None = None,
         problem: Mapping[str, Any] | None = None,
-        only_queued: bool = False,
     ) -> None:
-        control = self._live.get(id)
-        progress = 1.0 if state == "succeeded" else control.progress if control else None
-        self._update(
-            id,
-            "state = ?, progress = ?, message = ?, ended = ?, result = ?, problem = ?",
+        """Write down what became of a job that is done here, or remember that it has to be."""
+        control = self._live[id]
+        end = End(
             state,
-            progress,
-            control.message if control else "",
+            1.0 if state == "succeeded" else control.progress,
+            control.message,
+            control._started,
             time.time(),
             None if result is None else json.dumps(plain(result)),
             None if problem is None else json.dumps(problem),
-            only="queued" if only_queued else None,
         )
+        self._unwritten[id] = end
+        self._write_unwritten()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """As `State.writing`; what could not be written before is written with it, first."""
+        with self._drawer.made().writing() as db:
+            late = dict(self._unwritten)
+            for id, end in late.items():
+                end.write(db, id)
+            yield db
+        for id in late:
+            self._unwritten.pop(id, None)
+
+    def _write_unwritten(self) -> None:
+        try:
+            with self._writing():
+                pass
+        except DmlError as error:  # the work itself is done or not, whatever can be written of it
+            log.warning("what became of jobs %s cannot be written yet: %s", ", ".join(self._unwritten), error)
+
+    def _write_late(self) -> None:
+        """Write in the background what could not be written before: whoever reads does not wait for it."""
+
+        def write() -> None:
+            try:
+                self._write_unwritten()
+            finally:
+                self._writing_late = False
+
+        with self._lock:
+            if self._writing_late or set(self._unwritten) <= set(self._live):
+                return
+            self._writing_late = True
+        try:
+            self._executor.submit(write)
+        except RuntimeError:  # closing, which writes it
+            self._writing_late = False
 
     def _update(self, id: str, changes: str, *values: Any, only: str | None = None) -> None:
         """Change a job that has not ended; `only`: one of this state."""
         states = "('queued', 'running')" if only is None else f"('{only}')"
         try:
-            with self._drawer.made().writing() as db:
+            with self._writing() as db:
                 db.execute(f"UPDATE jobs SET {changes} WHERE id = ? AND state IN {states}", (*values, id))
-        except DmlError as error:  # the work itself is done or not, whatever can be written of it
+        except DmlError as error:
             log.warning("the state of job %s cannot be written: %s", id, error)
 
     def _forget(self, id: str) -> None:

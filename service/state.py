@@ -82,12 +82,16 @@ class State:
             self._writer = connect(self.path)
             try:
                 self._make()
-                for section in sections:
-                    self.prepare(section)
                 self._reader = connect(self.path)
             except BaseException:
                 self._writer.close()
                 raise
+        try:
+            for section in sections:
+                self.prepare(section)
+        except BaseException:
+            self.close()
+            raise
 
     def _make(self) -> None:
         """Make the file what it is to be. Raises DamagedFile, UsageError for one that is something else."""
@@ -110,25 +114,47 @@ class State:
     def prepare(self, section: Section) -> None:
         """Have the tables of a section there: made, or brought to their newest version.
 
-        One transaction: SQLite undoes changes of tables as well, so no copy is needed.
+        One transaction: SQLite undoes changes of tables as well, so no copy is needed. When they are
+        there nothing is written, and no other writer waited for.
 
         Raises:
             UsageError: they were written by a newer version.
             StorageError, DamagedFile
         """
+        newest = len(section.steps)
         if section.name in self._prepared:
             return
-        with self.writing() as db:
-            found = db.execute("SELECT version FROM sections WHERE name = ?", (section.name,)).fetchone()
-            reached, newest = found[0] if found else 0, len(section.steps)
-            if reached > newest:
-                raise self._too_new(f"{section.name} of version {reached}", f"version {newest}")
-            for step in section.steps[reached:]:
-                for statement in step.split(";"):
-                    db.execute(statement)
-            if reached < newest:
+        with self.reading() as db:
+            reached = self._reached(db, section)
+        if reached < newest:
+            with self.writing() as db:
+                reached = self._reached(db, section)  # again: another process may have been first
+                for step in section.steps[reached:]:
+                    for statement in step.split(";"):
+                        db.execute(statement)
                 db.execute("REPLACE INTO sections VALUES (?, ?)", (section.name, newest))
         self._prepared.add(section.name)
+
+    def has(self, section: Section) -> bool:
+        """Whether the tables of a section were ever made; then they are of their newest version from now on.
+
+        Raises: as `prepare`.
+        """
+        if section.name not in self._prepared:
+            with self.reading() as db:
+                there = self._reached(db, section) > 0
+            if not there:
+                return False
+            self.prepare(section)
+        return True
+
+    def _reached(self, db: sqlite3.Connection, section: Section) -> int:
+        """The version of its tables; 0: there are none. Raises UsageError for one that is too new."""
+        found = db.execute("SELECT version FROM sections WHERE name = ?", (section.name,)).fetchone()
+        reached, newest = found[0] if found else 0, len(section.steps)
+        if reached > newest:
+            raise self._too_new(f"{section.name} of version {reached}", f"version {newest}")
+        return reached
 
     def _too_new(self, found: str, known: str) -> UsageError:
         return UsageError(
@@ -190,30 +216,31 @@ class StateFile:
         self._state: State | None = None
 
     def if_there(self, section: Section) -> State | None:
-        """The state with the tables of a section; None when nothing was ever written.
+        """The state with the tables of a section; None when nothing was ever written there.
 
         A file that took another's place, as one restored from a backup does, is opened instead of it.
         """
         with self._lock:
-            if self._state is not None and not self._state.is_current():
-                self._state.close()
-                self._state = None
-            if self._state is None and not (self.folder / FILE).exists():
-                return None
-            return self._opened(section)
+            found = self._current()
+            if found is None and (self.folder / FILE).exists():
+                found = self._state = State(self.folder)
+        return found if found is not None and found.has(section) else None
 
     def made(self, section: Section) -> State:
         """The state with the tables of a section; made when it is not there."""
-        found = self.if_there(section)
-        if found is not None:
-            return found
         with self._lock:
-            return self._opened(section)
+            found = self._current()
+            if found is None:
+                found = self._state = State(self.folder)
+        # Not under the lock: it may wait for a writer in another process, and the event loop takes the lock.
+        found.prepare(section)
+        return found
 
-    def _opened(self, section: Section) -> State:
-        if self._state is None:
-            self._state = State(self.folder)
-        self._state.prepare(section)
+    def _current(self) -> State | None:
+        """The state that is open, under the lock; None: none, or it is no longer the one of the folder."""
+        if self._state is not None and not self._state.is_current():
+            self._state.close()
+            self._state = None
         return self._state
 
     def close(self) -> None:

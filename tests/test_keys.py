@@ -285,6 +285,50 @@ def test_sections_join_and_move_on_by_their_steps(tmp_path):
     assert names(tmp_path) == ["shop"]
 
 
+def test_nobody_waits_for_a_writer_elsewhere_to_read_what_is_there(tmp_path, monkeypatch):
+    there, missing = (
+        Section("jobs", ("CREATE TABLE jobs (id TEXT)",)),
+        Section("more", ("CREATE TABLE more",)),
+    )
+    State(tmp_path, there).close()
+    file = StateFile(tmp_path)
+    assert not Keys(file).any()
+    other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    monkeypatch.setattr(state_module, "WAIT_SECONDS", 0.1)
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(State, "writing", lambda self: pytest.fail("it writes"))
+    assert file.if_there(there) is file.made(there)
+    assert file.if_there(missing) is None, "reading makes no tables"
+    other.close()
+    file.close()
+
+
+def test_others_read_while_a_part_has_its_tables_made(tmp_path, monkeypatch):
+    """Which may take as long as a writer in another process does; the event loop looks for keys meanwhile."""
+    file = StateFile(tmp_path)
+    keys = Keys(file)
+    text, _ = keys.add("shop", scope=Scope.SEARCH)
+    prepare, at, go, waited = State.prepare, threading.Event(), threading.Event(), []
+
+    def slow(self: State, section: Section) -> None:
+        if section.name == "jobs":
+            at.set()
+            waited.append(go.wait(5))
+        prepare(self, section)
+
+    monkeypatch.setattr(State, "prepare", slow)
+    section = Section("jobs", ("CREATE TABLE jobs (id TEXT)",))
+    making = threading.Thread(target=file.made, args=(section,))
+    making.start()
+    at.wait()
+    assert keys.find(text) is not None
+    go.set()
+    making.join()
+    assert waited == [True], "the key was found meanwhile"
+    assert file.if_there(section) is not None
+    file.close()
+
+
 def test_a_step_that_fails_leaves_what_was_there(tmp_path):
     State(tmp_path, Section("jobs", ("CREATE TABLE jobs (id TEXT)",))).close()
     broken = Section("jobs", ("CREATE TABLE jobs (id TEXT)", "CREATE TABLE more (x TEXT); NONSENSE"))

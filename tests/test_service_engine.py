@@ -1,9 +1,11 @@
 """The engine without HTTP, and the two machines that keep the service upright."""
 
 import asyncio
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +37,7 @@ from dml.imaging import decode
 from service import batching
 from service.batching import Batcher, Budget, DeadlineExceeded, QueueFull, WorkerPool
 from service.engine import Engine, Query, Search, unit
+from service.folders import Folder
 from service.hosts import check_host
 from service.pictures import media_type
 from service.problems import Problem
@@ -77,6 +80,18 @@ def test_what_a_caller_can_do_wrong_is_an_error_of_ours(engine):
     engine.settings = Settings(read_only=True)
     with pytest.raises(ReadOnly):
         engine.put("colours", "a", image=jpeg("red"))
+
+
+def test_a_collection_that_was_deleted_leaves_memory(tmp_path):
+    engine = Engine({"colours": colour_collection(tmp_path / "colours")}, folder=Folder(tmp_path))
+    collection = weakref.ref(engine.collection("colours"))
+    engine.search(
+        "colours", Search(Query(vector=np.ones(48, np.float32)))
+    )  # such a one is shared with others
+    engine.remove("colours")
+    gc.collect()
+    assert collection() is None
+    engine.close()
 
 
 def test_opposite_examples_leave_no_direction(tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from dml.collection import create_collection
 from dml.collection.base import NewItem
 from dml.collection.derive import Stopped
 from service import schemas
+from service import state as state_module
 from service.app import create_app
 from service.engine import Engine
 from service.jobs import Control, Jobs
@@ -219,6 +221,127 @@ def test_a_job_that_waits_is_cancelled_without_being_begun(tmp_path):
     until(lambda: jobs.get(first.id).state == "succeeded")
     jobs.close()
     assert begun == []
+
+
+def test_a_job_that_is_cancelled_as_it_begins_does_nothing(jobs, monkeypatch):
+    """Between its look whether it is to stop and its being shown as running."""
+    update, begun = jobs._update, []
+
+    def cancelled_before(id: str, changes: str, *values, **which) -> None:
+        if "started" in changes:
+            jobs.cancel(id)
+        update(id, changes, *values, **which)
+
+    monkeypatch.setattr(jobs, "_update", cancelled_before)
+    job = jobs.begin("upsert", lambda control: begun.append(1) or {}, collection="a", place="/a")
+    until(lambda: jobs.get(job.id).over)
+    assert (jobs.get(job.id).state, begun) == ("cancelled", [])
+
+
+def test_a_job_that_was_cancelled_tells_how_far_it_came(jobs):
+    at, go = threading.Event(), threading.Event()
+
+    def work(control: Control) -> dict:
+        control.tell(0.3, "64 of 192 items")
+        at.set()
+        go.wait()
+        control.tell(0.6, "128 of 192 items")
+        return {}
+
+    job = jobs.begin("upsert", work, collection="a", place="/a")
+    at.wait()
+    jobs.cancel(job.id)
+    go.set()
+    until(lambda: jobs.get(job.id).over)
+    found = jobs.get(job.id)
+    assert (found.state, found.progress, found.message) == ("cancelled", 0.6, "128 of 192 items")
+
+
+def test_a_job_that_has_not_ended_is_found_behind_many_that_have(jobs):
+    release = threading.Event()
+    first = jobs.begin("rebuild", held(release), collection="a", place="/a", alone=True)
+    for _ in range(10):
+        job = jobs.begin("upsert", lambda control: {}, collection="a", place="/a")
+        until(lambda: jobs.get(job.id).over and job.id not in jobs._live)  # noqa: B023
+    assert [job.id for job in jobs.unfinished("/a")] == [first.id]
+    assert jobs.unfinished("/b") == []
+    release.set()
+
+
+def test_a_job_whose_end_cannot_be_written_has_ended_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_module, "WAIT_SECONDS", 0.05)
+    jobs, release = Jobs(tmp_path / "state"), threading.Event()
+    job = jobs.begin("rebuild", held(release), collection="a", place="/a", alone=True)
+    until(lambda: jobs.get(job.id).message == "half")
+    other = sqlite3.connect(tmp_path / "state" / FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    release.set()
+    until(lambda: job.id not in jobs._live)
+    found = jobs.get(job.id)
+    assert (found.state, found.progress, found.result) == ("succeeded", 1.0, {"ended": True})
+    assert found.started is not None
+    assert found.ended is not None
+    assert jobs.newest(["/a"]) == [found] == [jobs.cancel(job.id)]
+    assert jobs.unfinished("/a") == []
+    counts = jobs.count(["/a"])
+    assert (counts["rebuild", "running"], counts["rebuild", "succeeded"]) == (0, 1)
+    other.execute("ROLLBACK")
+    other.close()
+    again = jobs.begin("rebuild", lambda control: {}, collection="a", place="/a", alone=True)
+    until(lambda: jobs.get(again.id).over)
+    jobs.close()
+    after = Jobs(tmp_path / "state")
+    assert after.get(job.id) == found, "it was written with the next that was"
+    after.close()
+
+
+@pytest.mark.parametrize("way", ["read", "close"])
+def test_an_end_is_written_late_when_jobs_are_looked_at_and_when_the_service_ends(tmp_path, monkeypatch, way):
+    monkeypatch.setattr(state_module, "WAIT_SECONDS", 0.05)
+    jobs, release = Jobs(tmp_path / "state"), threading.Event()
+    job = jobs.begin("upsert", held(release), collection="a", place="/a")
+    until(lambda: jobs.get(job.id).message == "half")
+    other = sqlite3.connect(tmp_path / "state" / FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    release.set()
+    until(lambda: job.id not in jobs._live)
+    other.execute("ROLLBACK")
+
+    def written() -> str:
+        return other.execute("SELECT state FROM jobs").fetchone()[0]
+
+    assert written() == "running"
+    if way == "read":
+        until(lambda: jobs.get(job.id).state == written() == "succeeded")
+    jobs.close()
+    assert written() == "succeeded"
+    other.close()
+
+
+def test_a_job_whose_beginning_cannot_be_written_runs_until_it_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_module, "WAIT_SECONDS", 0.05)
+    jobs, release, ran = Jobs(tmp_path / "state", workers=1), threading.Event(), threading.Event()
+    jobs.begin("upsert", lambda control: {"released": release.wait()}, collection="a", place="/a")
+
+    def work(control: Control) -> dict:
+        ran.set()
+        while True:
+            control.tell(0.5, "half")
+            time.sleep(0.01)
+
+    job = jobs.begin("rebuild", work, collection="a", place="/a", alone=True)
+    other = sqlite3.connect(tmp_path / "state" / FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    release.set()
+    ran.wait()
+    other.execute("ROLLBACK")
+    other.close()
+    assert jobs.get(job.id).state == "running"
+    jobs.cancel(job.id)
+    until(lambda: jobs.get(job.id).over)
+    assert jobs.get(job.id).state == "cancelled"
+    assert jobs.get(job.id).started is not None
+    jobs.close()
 
 
 def test_a_rebuild_gives_up_when_it_is_told_to(tmp_path):

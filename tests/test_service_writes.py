@@ -1,5 +1,7 @@
 """Writes that clients may rely on: conditional, repeatable, in batches; collections, aliases, feedback."""
 
+import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -17,8 +19,10 @@ from test_service import assert_problem, b64
 from test_service_run import serving
 
 from dml.client import BatchItem, Client, Problem
+from dml.collection.base import NewItem
 from dml.errors import UsageError
 from service import repeats, schemas
+from service.aliases import Aliases
 from service.app import create_app
 from service.engine import Engine, Query, Search
 from service.folders import Folder
@@ -504,6 +508,83 @@ def test_while_an_alias_is_switched_no_request_fails_and_the_old_collection_can_
         assert failures == []
 
 
+def test_a_collection_is_not_deleted_while_an_alias_is_switched_to_it(tmp_path, monkeypatch):
+    with served(tmp_path) as http, Client(str(http.base_url)) as client:
+        client.create_collection("next", kind="flat")
+        deleted: list[httpx.Response] = []
+        switch = Aliases.switch
+
+        def slow(self: Aliases, *arguments) -> bool:
+            address = f"{http.base_url}/v1/collections/next"
+            deleting.append(
+                threading.Thread(target=lambda: deleted.append(httpx.delete(address, timeout=20)))
+            )
+            deleting[0].start()
+            deleting[0].join(0.5)
+            return switch(self, *arguments)
+
+        deleting: list[threading.Thread] = []
+        monkeypatch.setattr(Aliases, "switch", slow)
+        client.set_alias("shop", "next")
+        deleting[0].join()
+        assert 'alias "shop"' in assert_problem(deleted[0], 409, "conflict")["detail"]
+        assert (client.aliases(), client.count("shop")) == ({"shop": "next"}, 0)
+
+
+@contextmanager
+def turning(folder: Path) -> Iterator[tuple[httpx.Client, Engine]]:
+    """A service whose alias "shop" stands for another collection each time that anybody asks."""
+    small, large = colour_collection(folder / "small", pictures=1), colour_collection(folder / "large")
+    small.add([NewItem("x", np.ones(48, np.float32) / 48**0.5, image=jpeg("red", 1))])
+    large.add([NewItem("x", np.ones(48, np.float32) / 48**0.5, image=jpeg("blue", 5))])
+    engine = Engine({"small": small, "large": large}, [ColourEncoder()])
+    with running(create_app(engine, state=folder / "state")) as address:
+        meant = itertools.cycle(["small", "large"])
+        engine.alias_of = lambda: {"shop": next(meant)}
+        with httpx.Client(base_url=address, timeout=20) as http:
+            yield http, engine
+    engine.close()
+
+
+def test_a_request_means_one_collection_though_its_alias_is_switched_meanwhile(tmp_path):
+    with turning(tmp_path) as (http, engine):
+        counts = {name: engine.count(name) for name in ("small", "large")}
+        generations = {name: engine.info(name).generation for name in counts}
+        for _ in range(4):
+            shown = http.get("/v1/collections/shop").json()
+            assert shown["count"] == counts[shown["name"]]
+            assert shown["generation"] == generations[shown["name"]]
+            picture = http.get("/v1/collections/shop/items/x/image")
+            assert hashlib.sha256(picture.content).hexdigest()[:32] in picture.headers["etag"]
+            engine.resolve("shop")  # the other way round
+        for _ in range(4):
+            said = http.post(
+                "/v1/collections/shop/feedback", json={"query_id": "q", "id": "red/4", "relevant": True}
+            )
+            assert said.status_code in (202, 422), "only the large one has it"
+            engine.resolve("shop")
+        assert http.get("/v1/collections/small/feedback").text == ""
+
+
+@pytest.mark.parametrize("size", ["full", "thumb"])
+def test_a_picture_that_is_replaced_as_it_is_read_comes_with_its_own_tag(tmp_path, monkeypatch, size):
+    engine = Engine({"colours": colour_collection(tmp_path / "colours", pictures=1)}, [ColourEncoder()])
+    method = "picture" if size == "full" else "thumbnail"
+    read, replaced = getattr(engine, method), []
+
+    def replaced_before(name: str, id: str) -> bytes:
+        if not replaced:
+            replaced.append(engine.put(name, id, image=jpeg("gold", 3)))
+        return read(name, id)
+
+    monkeypatch.setattr(engine, method, replaced_before)
+    with running(create_app(engine, state=tmp_path / "state")) as address:
+        answer = httpx.get(f"{address}{PLACE}/items/red%2F0/image", params={"size": size})
+    assert answer.content == read("colours", "red/0")
+    assert hashlib.sha256(jpeg("gold", 3)).hexdigest()[:32] in answer.headers["etag"]
+    engine.close()
+
+
 def test_the_engine_answers_through_an_alias_by_itself(tmp_path):
     engine = Engine({"colours": colour_collection(tmp_path / "colours")}, [ColourEncoder()])
     engine.alias_of = lambda: {"shop": "colours", "lost": "gone"}
@@ -553,6 +634,12 @@ def test_feedback_is_kept_and_given_out_as_lines(client, http):
     assert [judgement.relevant for judgement in client.feedback("colours")] == [True, False]
     unknown = {"query_id": "q", "id": "nobody", "relevant": True}
     assert_problem(http.post(f"{PLACE}/feedback", json=unknown), 422, "invalid-request")
+
+
+def test_feedback_may_have_any_character_in_it(client):
+    query = "one\u2028two\x85three\x0bfour"
+    client.send_feedback("colours", query, "red/0", relevant=True)
+    assert [judgement.query_id for judgement in client.feedback("colours")] == [query]
 
 
 def test_feedback_is_exported_on_the_command_line(client, http, tmp_path):

@@ -59,12 +59,13 @@ async def switch(request: Request, engine: Ready, alias: Alias) -> Response:
     def switched() -> bool:
         check_writable(engine)
         check_name(alias)
-        if alias in engine.names():
-            raise Conflict(f'"{alias}" is the name of a collection, and those come first.')
-        if asked.collection not in engine.names():
-            engine.resolve(asked.collection)  # says which there are
-            raise Conflict(f'"{asked.collection}" is an alias. An alias stands for a collection.')
-        return aliases_of(request).switch(alias, engine.place(asked.collection), engine.places())
+        with engine.settled():  # else the collection could go meanwhile, or one of this name be made
+            if alias in engine.names():
+                raise Conflict(f'"{alias}" is the name of a collection, and those come first.')
+            if asked.collection not in engine.names():
+                engine.resolve(asked.collection)  # says which there are
+                raise Conflict(f'"{asked.collection}" is an alias. An alias stands for a collection.')
+            return aliases_of(request).switch(alias, engine.place(asked.collection), engine.places())
 
     new = await in_thread(request, switched)
     return answer({"alias": alias, "collection": asked.collection}, 201 if new else 200)

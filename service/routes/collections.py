@@ -104,8 +104,13 @@ async def count(request: Request, engine: Ready, name: Name) -> Response:
 @router.get("/collections/{collection}", response_model=CollectionAnswer)
 async def collection(request: Request, engine: Ready, settings: Limits, name: Name) -> Response:
     """One collection: its size, index, encoder and measured recall."""
-    info, short = await in_thread(request, lambda: (engine.info(name), summary(engine, name)))
-    return answer(collection_answer(info, short, engine, read_only=settings.read_only))
+
+    def look() -> dict[str, Any]:
+        meant = engine.resolve(name)  # once: an alias may be switched meanwhile
+        info, short = engine.info(meant), summary(engine, meant)
+        return collection_answer(info, short, engine, read_only=settings.read_only)
+
+    return answer(await in_thread(request, look))
 
 
 def collection_answer(

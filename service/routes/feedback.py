@@ -30,13 +30,15 @@ def feedback_of(request: Request) -> Feedback:
 )
 async def send(request: Request, engine: Ready, name: Name) -> Response:
     """Say whether a hit was what was looked for. Stored durably; it changes no search."""
-    place = engine.place(name)
+    engine.collection(name)
     asked = await read_json(request, FeedbackRequest)
     key = request.state.key
 
     def store() -> None:
+        meant = engine.resolve(name)  # once: an alias may be switched meanwhile
+        place = engine.place(meant)
         try:
-            engine.get(name, asked.id)
+            engine.get(meant, asked.id)
         except UnknownItem as error:
             raise invalid("/id", str(error)) from None
         feedback_of(request).add(place, asked.query_id, asked.id, relevant=asked.relevant, key=key)

@@ -230,10 +230,15 @@ async def image(
     variant = f"-{settings.thumbnail_pixels}" if size == "thumb" else ""
 
     def fetch() -> tuple[str, bytes | None]:
-        digest = engine.picture_digest(name, id)
-        if tag_of(digest, variant) in held:
-            return digest, None
-        return digest, engine.thumbnail(name, id) if size == "thumb" else engine.picture(name, id)
+        meant = engine.resolve(name)  # once: an alias may be switched meanwhile
+        digest = engine.picture_digest(meant, id)
+        while True:
+            if tag_of(digest, variant) in held:
+                return digest, None
+            data = engine.thumbnail(meant, id) if size == "thumb" else engine.picture(meant, id)
+            before, digest = digest, engine.picture_digest(meant, id)
+            if digest == before:  # else the item was replaced, and the tag would be that of another picture
+                return digest, data
 
     digest, data = await in_thread(request, fetch)
     lasting = v is not None and len(v) >= 8 and digest.startswith(v)
