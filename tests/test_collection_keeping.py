@@ -657,18 +657,22 @@ def test_a_reader_that_may_not_write_follows_who_may(tmp_path, monkeypatch):
         [found] = reader.search(vectors[n : n + 1], limit=1)
         return found.hits[0].id
 
+    def is_frozen(reader):
+        with reader._catalog.reading() as db:
+            return db.frozen
+
     monkeypatch.setattr(catalog.Catalog, "_open", open_without_rights)
     monkeypatch.setattr(catalog.os, "access", lambda *_: False)
     with open_collection(shop, read_only=True) as reader:
         assert (len(reader), nearest(reader, 3)) == (200, "i3")
-        assert reader._catalog._frozen
+        assert is_frozen(reader)
         with open_collection(shop) as writer:
             writer.delete(["i3"])
             writer.add([NewItem(f"i{n}", vector) for n, vector in enumerate(vectors[200:], 200)])
         # The writer has gone, and the log is folded in.
         assert (len(reader), nearest(reader, 333)) == (399, "i333")
         assert nearest(reader, 3) != "i3"
-        assert reader._catalog._frozen
+        assert is_frozen(reader)
         with open_collection(shop) as writer:
             writer.delete(["i333"])
             assert (len(reader), nearest(reader, 333) != "i333") == (398, True)

@@ -50,27 +50,29 @@ def test_changes_show_at_once(collection, rows):
     assert first(collection, -rows[3]).id != "3"
 
 
-def test_an_item_changed_and_deleted_between_two_looks_is_not_known_as_it_was_before(collection):
-    """A slow search may still have the state between the two, in which the change was made already."""
-    known, catalog = KnownItems(), collection._catalog
-    with catalog.reading() as db:
-        row, *others = known.read(db, range(1, 31), collection.generation)
+def changed_and_deleted(collection, known) -> list[int]:
+    """All rows, known as they were before the first was changed and then deleted; and the change between."""
+    with collection._catalog.reading() as db:
+        rows = known.read(db, range(1, 31), collection.generation)
     collection.update_payload("0", {"n": "changed"})
     between = collection.generation
     collection.delete(["0"])
+    return [*rows, between]
+
+
+def test_an_item_changed_and_deleted_between_two_looks_is_not_known_as_it_was_before(collection):
+    """A slow search may still have the state between the two, in which the change was made already."""
+    known, catalog = KnownItems(), collection._catalog
+    row, *others, between = changed_and_deleted(collection, known)
     with catalog.reading() as db:
         known.read(db, others, collection.generation)
     assert known.find([row], between) is None
     assert len(known.find(others, collection.generation)) == 29
 
 
-def test_where_removals_are_forgotten_nothing_is_known_any_more(collection, rows):
+def test_where_removals_are_forgotten_nothing_is_known_any_more(collection):
     known, catalog = KnownItems(), collection._catalog
-    with catalog.reading() as db:
-        row, *others = known.read(db, range(1, 31), collection.generation)
-    collection.update_payload("0", {"n": "changed"})
-    between = collection.generation
-    collection.delete(["0"])
+    row, *others, between = changed_and_deleted(collection, known)
     catalog.forget_removed(collection.generation)
     with catalog.reading() as db:
         known.read(db, others[:3], collection.generation)

@@ -136,7 +136,6 @@ class Catalog:
         self._pool_lock = threading.Lock()
         self._write_lock = threading.RLock()
         self._closed = False
-        self._frozen = False  # whether the last connection had to be
         with explained(path):
             self._writer = None if read_only else self._connect(read_only=False)
         with self.reading() as db:
@@ -247,7 +246,7 @@ class Catalog:
             if connection is None:
                 files = {frozen: self._which(frozen) for frozen in (False, True)}
                 connection = self._connect(read_only=True)
-                connection.file, self._frozen = files[connection.frozen], connection.frozen
+                connection.file = files[connection.frozen]
             try:
                 if self.read_only and is_new:
                     check_version(connection, self.path)  # whatever took the place may be newer
